@@ -1,0 +1,89 @@
+// What every kernel does to a value after (or before) the convolution: the activations and their
+// derivatives, written once for the scalar, SIMD and CUDA kernels.
+//
+// `Math` supplies the arithmetic for a value type V (float on the GPU, a SIMD vector on the CPU):
+//   V Math::set(float)              broadcast
+//   V Math::min(V, V), Math::max(V, V)
+//   V Math::sigmoid(V)
+//   V Math::if_positive(V x, V y)   x > 0 ? y : 0, element by element
+// The activation is an ordinary argument: kernels pass a compile-time constant, which folds the switch
+// away, or a value that is uniform over the launch, which costs one predicted branch a vector.
+#pragma once
+
+#if defined(__CUDACC__)
+#define EFFNET_INLINE __host__ __device__ __forceinline__
+#else
+#define EFFNET_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace effnet {
+
+// The values are part of the op schemas; effnet_kernels/activations.py holds the same list.
+enum class Activation : int {
+  identity = 0,
+  relu = 1,
+  relu6 = 2,
+  silu = 3,
+  hardswish = 4,
+  sigmoid = 5,
+  hardsigmoid = 6,
+};
+
+constexpr int kActivations = 7;
+
+template <class Math, class V>
+EFFNET_INLINE V activate(Activation activation, V x) {
+  switch (activation) {
+    case Activation::identity:
+      return x;
+    case Activation::relu:
+      return Math::max(x, Math::set(0.f));
+    case Activation::relu6:
+      return Math::min(Math::max(x, Math::set(0.f)), Math::set(6.f));
+    case Activation::silu:
+      return x * Math::sigmoid(x);
+    case Activation::hardswish:
+      return x * Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
+             Math::set(1.f / 6.f);
+    case Activation::sigmoid:
+      return Math::sigmoid(x);
+    case Activation::hardsigmoid:
+      return Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
+             Math::set(1.f / 6.f);
+  }
+  return x;
+}
+
+// d activate(x) / dx, with PyTorch's choice at the kinks.
+template <class Math, class V>
+EFFNET_INLINE V activate_grad(Activation activation, V x) {
+  const V zero = Math::set(0.f), one = Math::set(1.f);
+  switch (activation) {
+    case Activation::identity:
+      return one;
+    case Activation::relu:
+      return Math::if_positive(x, one);
+    case Activation::relu6:
+      return Math::if_positive(x, Math::if_positive(Math::set(6.f) - x, one));
+    case Activation::silu: {
+      const V s = Math::sigmoid(x);
+      return s * (one + x * (one - s));
+    }
+    case Activation::hardswish: {
+      // x/3 + 1/2 inside (-3, 3), 0 below and 1 above.
+      const V inside = x * Math::set(1.f / 3.f) + Math::set(0.5f);
+      const V above = Math::if_positive(x - Math::set(3.f), one - inside);
+      return Math::if_positive(x + Math::set(3.f), inside + above);
+    }
+    case Activation::sigmoid: {
+      const V s = Math::sigmoid(x);
+      return s * (one - s);
+    }
+    case Activation::hardsigmoid:
+      return Math::if_positive(x + Math::set(3.f),
+                               Math::if_positive(Math::set(3.f) - x, Math::set(1.f / 6.f)));
+  }
+  return zero;
+}
+
+}  // namespace effnet

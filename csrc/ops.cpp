@@ -1,0 +1,31 @@
+// The schema of every C++ kernel. Each writes into tensors that the caller allocated, so that all
+// backends share one allocation (effnet_kernels/ops) and these kernels know pointers and shapes only.
+// The CPU and CUDA implementations register themselves beside their code.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
+  m.def(
+      "depthwise_conv_bn_act_out("
+      "Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
+      "float eps, int stride, int pad_top, int pad_left, int activation, "
+      "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activation, "
+      "Tensor(a!) output, Tensor(b!)? pooled) -> ()");
+  m.def(
+      "depthwise_conv_bn_act_train_out("
+      "Tensor input, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
+      "float eps, int stride, int pad_top, int pad_left, int activation, "
+      "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activation, bool batch_stats, "
+      "Tensor(a!) conv, Tensor(b!) mean, Tensor(c!) var, Tensor(d!) output, Tensor(e!)? pooled) "
+      "-> ()");
+  m.def(
+      "depthwise_conv_bn_act_backward_out("
+      "Tensor grad_output, Tensor? grad_pooled, Tensor conv, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, float eps, int activation, bool batch_stats, "
+      "Tensor input, Tensor weight, int stride, int pad_top, int pad_left, "
+      "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activation, "
+      "Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
+      "Tensor(c!) grad_bn_weight, Tensor(d!) grad_bn_bias, "
+      "Tensor(e!)? grad_prologue_scale, Tensor(f!)? grad_prologue_shift) -> ()");
+}
