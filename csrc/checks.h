@@ -1,0 +1,315 @@
+// From the tensors of an op call to the arguments of a kernel. Everything that would make a kernel
+// read or write out of bounds is an error here, with a message that names the argument. The same
+// checks serve CPU and CUDA tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+
+namespace effnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The tensors of one call: all on the device of the first one, with its dtype or the one it
+// accumulates in.
+class __attribute__((visibility("hidden"))) Checks {
+ public:
+  Checks(const char* op, const char* name, const Tensor& first)
+      : op_(op), first_name_(name), device_(first.device()) {
+    switch (first.scalar_type()) {
+      case ScalarType::Float:
+        dtype_ = Dtype::float32;
+        break;
+      case ScalarType::Half:
+        dtype_ = Dtype::float16;
+        break;
+      case ScalarType::BFloat16:
+        dtype_ = Dtype::bfloat16;
+        break;
+      case ScalarType::Double:
+        dtype_ = Dtype::float64;
+        break;
+      default:
+        STD_TORCH_CHECK(false, op_, ": ", name,
+                        " must be float32, float16, bfloat16 or float64, not ",
+                        torch::headeronly::toString(first.scalar_type()));
+    }
+  }
+
+  Dtype dtype() const { return dtype_; }
+
+  // A value that fits an int and is in [low, high].
+  int integer(const char* name, int64_t value, int64_t low, int64_t high) const {
+    STD_TORCH_CHECK(low <= value && value <= high, op_, ": ", name, " must be in [", low, ", ",
+                    high, "], not ", value);
+    return static_cast<int>(value);
+  }
+
+  Activation activation(const char* name, int64_t code) const {
+    return static_cast<Activation>(integer(name, code, 0, kActivations - 1));
+  }
+
+  // Dense in the order N, H, W, C, of the call's dtype. The stride of an extent of 1 is never used
+  // and may be anything.
+  const void* channels_last(const char* name, const Tensor& t, int64_t n, int64_t c, int64_t h,
+                            int64_t w) const {
+    on_device(name, t);
+    has_dtype(name, t, dtype_);
+    STD_TORCH_CHECK(t.dim() == 4, op_, ": ", name, " must have 4 dimensions (N, C, H, W), not ",
+                    t.dim());
+    const int64_t size[4] = {n, c, h, w};
+    const int64_t stride[4] = {h * w * c, 1, w * c, c};
+    const auto sizes = t.sizes();
+    const auto strides = t.strides();
+    for (int d = 0; d < 4; ++d) {
+      STD_TORCH_CHECK(sizes[d] == size[d], op_, ": ", name, " must have shape (", n, ", ", c, ", ",
+                      h, ", ", w, "), but its size(", d, ") is ", sizes[d]);
+      STD_TORCH_CHECK(size[d] == 1 || strides[d] == stride[d], op_, ": ", name,
+                      " must be dense channels-last, but its stride(", d, ") is ", strides[d],
+                      " and not ", stride[d]);
+    }
+    return t.const_data_ptr();
+  }
+
+  // The weight of a depthwise convolution: (C, 1, k, k), contiguous, of the call's dtype.
+  const void* depthwise_weight(const char* name, const Tensor& t, int64_t c, int64_t k) const {
+    on_device(name, t);
+    has_dtype(name, t, dtype_);
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == c && t.size(1) == 1 && t.size(2) == k &&
+                        t.size(3) == k && t.is_contiguous(),
+                    op_, ": ", name, " must be contiguous and have shape (", c, ", 1, ", k, ", ", k,
+                    ")");
+    return t.const_data_ptr();
+  }
+
+  // (C,): float32 or the call's dtype; float64 in a float64 call.
+  ChannelVector channel_vector(const char* name, const Tensor& t, int64_t c) const {
+    dense(name, t, {c});
+    const Dtype accumulate = accumulate_dtype(dtype_);
+    if (t.scalar_type() == scalar_type(accumulate)) return {t.const_data_ptr(), accumulate};
+    has_dtype(name, t, dtype_);
+    return {t.const_data_ptr(), dtype_};
+  }
+
+  ChannelVector channel_vector(const char* name, const OptionalTensor& t, int64_t c) const {
+    return t ? channel_vector(name, *t, c) : ChannelVector{};
+  }
+
+  // Contiguous, of the accumulate dtype.
+  const void* accumulated(const char* name, const Tensor& t,
+                          std::initializer_list<int64_t> shape) const {
+    dense(name, t, shape);
+    has_dtype(name, t, accumulate_dtype(dtype_));
+    return t.const_data_ptr();
+  }
+
+  const void* accumulated(const char* name, const OptionalTensor& t,
+                          std::initializer_list<int64_t> shape) const {
+    return t ? accumulated(name, *t, shape) : nullptr;
+  }
+
+  Prologue prologue(const OptionalTensor& scale, const OptionalTensor& shift, int64_t code,
+                    int64_t c) const {
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op_,
+                    ": prologue_scale and prologue_shift must be given together");
+    return {accumulated("prologue_scale", scale, {c}), accumulated("prologue_shift", shift, {c}),
+            activation("prologue_activation", code)};
+  }
+
+  // The geometry of the call. Every window must overlap the input: with 0 <= pad_top, pad_left < k
+  // that leaves less than k rows and columns of padding at the end, too.
+  DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, int64_t stride,
+                                 int64_t pad_top, int64_t pad_left, const char* output_name,
+                                 const Tensor& output) const {
+    STD_TORCH_CHECK(input.dim() == 4, op_, ": input must have 4 dimensions (N, C, H, W), not ",
+                    input.dim());
+    STD_TORCH_CHECK(output.dim() == 4, op_, ": ", output_name,
+                    " must have 4 dimensions (N, C, OH, OW), not ", output.dim());
+    STD_TORCH_CHECK(weight.dim() == 4, op_, ": weight must have 4 dimensions (C, 1, k, k), not ",
+                    weight.dim());
+    const int64_t k = weight.size(3);
+    STD_TORCH_CHECK(k == 3 || k == 5 || k == 7, op_, ": the kernel size must be 3, 5 or 7, not ",
+                    k);
+    // Room for a kernel's rows and columns beyond the last one.
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
+    DepthwiseShape s;
+    s.batch = input.size(0);
+    STD_TORCH_CHECK(s.batch >= 1, op_, ": input must not be empty");
+    s.channels = integer("input.size(1)", input.size(1), 1, kMax);
+    s.in_h = integer("input.size(2)", input.size(2), 1, kMax);
+    s.in_w = integer("input.size(3)", input.size(3), 1, kMax);
+    s.out_h = integer("the output height", output.size(2), 1, kMax);
+    s.out_w = integer("the output width", output.size(3), 1, kMax);
+    s.kernel = static_cast<int>(k);
+    s.stride = integer("stride", stride, 1, 2);
+    s.pad_top = integer("pad_top", pad_top, 0, k - 1);
+    s.pad_left = integer("pad_left", pad_left, 0, k - 1);
+    STD_TORCH_CHECK(int64_t{s.out_h - 1} * s.stride - s.pad_top < s.in_h, op_,
+                    ": the output height ", s.out_h, " is too large for the input height ", s.in_h);
+    STD_TORCH_CHECK(int64_t{s.out_w - 1} * s.stride - s.pad_left < s.in_w, op_,
+                    ": the output width ", s.out_w, " is too large for the input width ", s.in_w);
+    return s;
+  }
+
+ private:
+  static ScalarType scalar_type(Dtype dtype) {
+    switch (dtype) {
+      case Dtype::float16:
+        return ScalarType::Half;
+      case Dtype::bfloat16:
+        return ScalarType::BFloat16;
+      case Dtype::float64:
+        return ScalarType::Double;
+      default:
+        return ScalarType::Float;
+    }
+  }
+
+  void on_device(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.device() == device_, op_, ": ", name, " must be on the device of ",
+                    first_name_);
+  }
+
+  void has_dtype(const char* name, const Tensor& t, Dtype dtype) const {
+    STD_TORCH_CHECK(t.scalar_type() == scalar_type(dtype), op_, ": ", name, " must be ",
+                    torch::headeronly::toString(scalar_type(dtype)), ", not ",
+                    torch::headeronly::toString(t.scalar_type()));
+  }
+
+  void dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    on_device(name, t);
+    bool same = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous();
+    std::string text;
+    int d = 0;
+    for (const int64_t size : shape) {
+      same = same && t.size(d++) == size;
+      if (!same) break;
+    }
+    if (same) return;
+    for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, op_, ": ", name, " must be contiguous and have shape (", text, ")");
+  }
+
+  const char* op_;
+  const char* first_name_;
+  torch::stable::Device device_;
+  Dtype dtype_;
+};
+
+inline DepthwiseInference check_depthwise_inference(
+    const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, int64_t stride,
+    int64_t pad_top, int64_t pad_left, int64_t activation, const OptionalTensor& prologue_scale,
+    const OptionalTensor& prologue_shift, int64_t prologue_activation, const Tensor& output,
+    const OptionalTensor& pooled) {
+  const Checks check("depthwise_conv_bn_act_out", "input", input);
+  const DepthwiseShape s =
+      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+  const int64_t n = s.batch, c = s.channels;
+  DepthwiseInference a{};
+  a.dtype = check.dtype();
+  a.shape = s;
+  a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
+  a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
+  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
+          check.channel_vector("bn_weight", bn_weight, c),
+          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.activation = check.activation("activation", activation);
+  a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
+  a.output = const_cast<void*>(check.channels_last("output", output, n, c, s.out_h, s.out_w));
+  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  return a;
+}
+
+inline DepthwiseTraining check_depthwise_training(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, double eps, int64_t stride, int64_t pad_top, int64_t pad_left,
+    int64_t activation, const OptionalTensor& prologue_scale, const OptionalTensor& prologue_shift,
+    int64_t prologue_activation, bool batch_stats, const Tensor& conv, const Tensor& mean,
+    const Tensor& var, const Tensor& output, const OptionalTensor& pooled) {
+  const Checks check("depthwise_conv_bn_act_train_out", "input", input);
+  const DepthwiseShape s =
+      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+  const int64_t n = s.batch, c = s.channels;
+  DepthwiseTraining a{};
+  a.dtype = check.dtype();
+  a.shape = s;
+  a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
+  a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
+  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
+          check.channel_vector("bn_weight", bn_weight, c),
+          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.activation = check.activation("activation", activation);
+  a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
+  a.batch_stats = batch_stats;
+  a.conv = const_cast<void*>(check.channels_last("conv", conv, n, c, s.out_h, s.out_w));
+  if (batch_stats) {
+    a.batch_mean = const_cast<void*>(check.accumulated("mean", mean, {c}));
+    a.batch_var = const_cast<void*>(check.accumulated("var", var, {c}));
+  }
+  a.output = const_cast<void*>(check.channels_last("output", output, n, c, s.out_h, s.out_w));
+  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  return a;
+}
+
+inline DepthwiseBackward check_depthwise_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_pooled, const Tensor& conv,
+    const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, double eps, int64_t activation, bool batch_stats,
+    const Tensor& input, const Tensor& weight, int64_t stride, int64_t pad_top, int64_t pad_left,
+    const OptionalTensor& prologue_scale, const OptionalTensor& prologue_shift,
+    int64_t prologue_activation, const OptionalTensor& grad_input,
+    const OptionalTensor& grad_weight, const Tensor& grad_bn_weight, const Tensor& grad_bn_bias,
+    const OptionalTensor& grad_prologue_scale, const OptionalTensor& grad_prologue_shift) {
+  const Checks check("depthwise_conv_bn_act_backward_out", "input", input);
+  const DepthwiseShape s =
+      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "grad_output", grad_output);
+  const int64_t n = s.batch, c = s.channels;
+  DepthwiseBackward a{};
+  a.dtype = check.dtype();
+  a.shape = s;
+  a.grad_output = check.channels_last("grad_output", grad_output, n, c, s.out_h, s.out_w);
+  a.grad_pooled = check.accumulated("grad_pooled", grad_pooled, {n, c});
+  a.conv = check.channels_last("conv", conv, n, c, s.out_h, s.out_w);
+  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
+          check.channel_vector("bn_weight", bn_weight, c),
+          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.activation = check.activation("activation", activation);
+  a.batch_stats = batch_stats;
+  a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
+  a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
+  a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
+  if (grad_input) {
+    a.grad_input =
+        const_cast<void*>(check.channels_last("grad_input", *grad_input, n, c, s.in_h, s.in_w));
+  }
+  if (grad_weight) {
+    a.grad_weight =
+        const_cast<void*>(check.depthwise_weight("grad_weight", *grad_weight, c, s.kernel));
+  }
+  a.grad_bn_weight = const_cast<void*>(check.accumulated("grad_bn_weight", grad_bn_weight, {c}));
+  a.grad_bn_bias = const_cast<void*>(check.accumulated("grad_bn_bias", grad_bn_bias, {c}));
+  a.grad_prologue_scale =
+      const_cast<void*>(check.accumulated("grad_prologue_scale", grad_prologue_scale, {c}));
+  a.grad_prologue_shift =
+      const_cast<void*>(check.accumulated("grad_prologue_shift", grad_prologue_shift, {c}));
+  const bool wanted = a.prologue.scale != nullptr && a.grad_input != nullptr;
+  STD_TORCH_CHECK(
+      (a.grad_prologue_scale != nullptr) == wanted && (a.grad_prologue_shift != nullptr) == wanted,
+      "depthwise_conv_bn_act_backward_out: grad_prologue_scale and "
+      "grad_prologue_shift must be given exactly when there are a prologue and a "
+      "grad_input");
+  return a;
+}
+
+}  // namespace effnet
