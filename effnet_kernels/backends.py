@@ -1,0 +1,198 @@
+"""The registry of backends: which one takes a call, and why another does not.
+
+========  =======  ==========================================  =======================
+backend   device   kernels                                     dtypes
+========  =======  ==========================================  =======================
+cuda      cuda     CUDA C++, ``csrc/cuda``                     float32, float16, bfloat16
+triton    cuda     Triton, ``effnet_kernels/triton``           float32, float16, bfloat16
+cpu       cpu      C++ SIMD, ``csrc/cpu``                      the same and float64
+eager     any      PyTorch's own ops, the reference            any floating point
+========  =======  ==========================================  =======================
+
+A call goes to the first backend of this order that takes it. ``use_backend("triton")`` or the
+environment variable ``EFFNET_KERNELS_BACKEND=triton`` demands one: then a call it cannot take is an
+error, never a quiet detour. ``EFFNET_KERNELS_DISABLE=1`` sends everything to ``eager``.
+Where Triton's interpreter is on (``TRITON_INTERPRET=1``), ``triton`` takes CPU tensors, on demand.
+
+All kernel backends implement the same functions, one set an op, with the schemas of
+``csrc/ops.cpp``: they fill tensors that ``effnet_kernels.ops`` allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import extension
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if torch.version.cuda is None and not _INTERPRETED:
+        return f"this torch ({torch.__version__}) has no CUDA, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Attributes:
+        name: what ``use_backend`` calls it.
+        missing: why it is not there at all, or None.
+        devices: the device types whose tensors it takes.
+        dtypes: the dtypes it takes.
+        min_capability: the least CUDA compute capability, for CUDA tensors.
+    """
+
+    name: str
+    missing: str | None
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    min_capability: tuple[int, int] = (0, 0)
+
+    def refusal(self, input: Tensor) -> str | None:
+        """Why a call on ``input`` cannot run here, or None."""
+        if self.missing is not None:
+            return self.missing
+        if input.device.type not in self.devices:
+            return f"takes {' or '.join(self.devices)} tensors, not {input.device.type}"
+        if input.dtype not in self.dtypes:
+            return f"does not take {input.dtype}"
+        if input.device.type == "cuda" and self.min_capability > (0, 0):
+            capability = _capability(input.device.index)
+            if capability < self.min_capability:
+                return (
+                    f"needs compute capability {self.min_capability[0]}.{self.min_capability[1]}, "
+                    f"the device has {capability[0]}.{capability[1]}"
+                )
+        return None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+CUDA = Backend("cuda", extension.CUDA_MISSING, ("cuda",), _LOW, (8, 0))
+TRITON = Backend(
+    "triton", _triton_missing(), ("cuda", "cpu") if _INTERPRETED else ("cuda",), _LOW, (8, 0)
+)
+CPU = Backend("cpu", extension.CPU_MISSING, ("cpu",), (*_LOW, torch.float64))
+EAGER = "eager"
+
+KERNEL_BACKENDS: dict[str, Backend] = {b.name: b for b in (CUDA, TRITON, CPU)}
+NAMES: tuple[str, ...] = (*KERNEL_BACKENDS, EAGER)
+
+_demanded: str | None = os.environ.get("EFFNET_KERNELS_BACKEND") or None
+
+
+def disabled() -> bool:
+    """Whether ``EFFNET_KERNELS_DISABLE`` turns every kernel off."""
+    return os.environ.get("EFFNET_KERNELS_DISABLE", "0") not in ("", "0")
+
+
+def set_backend(name: str | None) -> None:
+    """Demands backend ``name`` for every later call of the process; None chooses by device again.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    global _demanded
+    if name is not None and name not in NAMES:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}, or None")
+    _demanded = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """``set_backend`` for the extent of a ``with`` block (process-wide, like a global flag).
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    before = _demanded
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def refusals(input: Tensor) -> dict[str, str | None]:
+    """For each kernel backend, why it would not take a call on ``input`` (None where it would)."""
+    return {name: backend.refusal(input) for name, backend in KERNEL_BACKENDS.items()}
+
+
+def select(op: str, input: Tensor) -> str:
+    """The name of the backend that runs ``op`` on ``input``.
+
+    Raises:
+        ValueError: the demanded backend does not exist.
+        RuntimeError: the demanded backend cannot take this call; the message says why.
+    """
+    if disabled() or _demanded == EAGER:
+        return EAGER
+    if _demanded is not None:
+        if _demanded not in KERNEL_BACKENDS:
+            raise ValueError(
+                f"EFFNET_KERNELS_BACKEND: got {_demanded!r}, expected one of {', '.join(NAMES)}"
+            )
+        reason = KERNEL_BACKENDS[_demanded].refusal(input)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {_demanded!r} was demanded, but {reason}")
+        return _demanded
+    for name, backend in KERNEL_BACKENDS.items():
+        # The interpreter is for tests: thousands of times slower than eager, so never a choice.
+        if name == TRITON.name and input.device.type == "cpu":
+            continue
+        if backend.refusal(input) is None:
+            return name
+    if not torch.compiler.is_compiling():
+        _warn_eager(op, input.device.type, input.dtype)
+    return EAGER
+
+
+@functools.cache
+def _warn_eager(op: str, device: str, dtype: torch.dtype) -> None:
+    reasons = "; ".join(
+        f"{name}: {backend.refusal(torch.empty(0, dtype=dtype, device=device))}"
+        for name, backend in KERNEL_BACKENDS.items()
+    )
+    warnings.warn(
+        f"effnet_kernels.{op} on {device} {dtype} runs PyTorch's own ops ({reasons})", stacklevel=3
+    )
+
+
+def kernel(backend: str, name: str) -> Callable[..., None]:
+    """Function ``name`` (an out-variant of ``csrc/ops.cpp``) of a kernel backend."""
+    if backend == TRITON.name:
+        function: Any = _triton_kernel(name)
+    else:
+        function = _cpp_kernel(name)
+    return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _cpp_kernel(name: str) -> Any:
+    return getattr(torch.ops.effnet_kernels_cpp, name).default
+
+
+@functools.cache
+def _triton_kernel(name: str) -> Any:
+    op = name.removesuffix("_out").removesuffix("_train").removesuffix("_backward")
+    return getattr(importlib.import_module(f"effnet_kernels.triton.{op}"), name)

@@ -1,0 +1,96 @@
+"""Argument checks that the public functions share: each error names the argument, says what it got
+and what it needs, and comes before any kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_image(argument: str, tensor: Tensor) -> None:
+    """``tensor`` is a floating-point (N, C, H, W) tensor.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another rank.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: got {type(tensor).__name__}, expected a Tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{argument}: got dtype {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+        )
+    if tensor.ndim != 4:
+        raise ValueError(
+            f"{argument}: got {tensor.ndim} dimensions (shape {tuple(tensor.shape)}), "
+            "expected 4: (N, C, H, W)"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{argument}: got layout {tensor.layout}, expected a dense (strided) tensor")
+
+
+def check_same_device(argument: str, tensor: Tensor, input: Tensor) -> None:
+    """``tensor`` lives where ``input`` does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{argument}: got a tensor on {tensor.device}, expected {input.device}, where input is"
+        )
+
+
+def check_channel_vector(argument: str, tensor: Tensor | None, input: Tensor) -> None:
+    """``tensor`` is None or a floating-point (C,) tensor beside ``input`` (N, C, H, W).
+
+    Raises:
+        TypeError: it is neither None nor a floating-point tensor.
+        ValueError: it has another shape or device.
+    """
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: got {type(tensor).__name__}, expected a Tensor or None")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{argument}: got dtype {tensor.dtype}, expected a floating-point dtype")
+    if tensor.ndim != 1 or tensor.shape[0] != input.shape[1]:
+        raise ValueError(
+            f"{argument}: got shape {tuple(tensor.shape)}, "
+            f"expected ({input.shape[1]},), the channels of input"
+        )
+    check_same_device(argument, tensor, input)
+
+
+def one_or_pair(argument: str, value: int | Sequence[int]) -> int:
+    """A setting that PyTorch allows to differ by dimension and these kernels do not.
+
+    Raises:
+        TypeError: it is neither an integer nor a pair of them.
+        ValueError: the pair's members differ.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        if value[0] != value[1]:
+            raise ValueError(
+                f"{argument}: got {tuple(value)}, expected the same for height and width"
+            )
+        return value[0]
+    raise TypeError(f"{argument}: got {value!r}, expected an int or a pair of ints")
+
+
+def kernel_vector(tensor: Tensor | None, input: Tensor) -> Tensor | None:
+    """A per-channel vector as the kernels read it: contiguous, float32 or ``input``'s dtype
+    (float64 beside a float64 input)."""
+    if tensor is None:
+        return None
+    if input.dtype == torch.float64:
+        return tensor.to(torch.float64).contiguous()
+    if tensor.dtype not in (torch.float32, input.dtype):
+        tensor = tensor.float()
+    return tensor.contiguous()

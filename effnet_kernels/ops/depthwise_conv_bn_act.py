@@ -1,0 +1,587 @@
+"""Depthwise convolution + BatchNorm + activation, for inference and training, one pass where one will do.
+
+The depthwise stage is where EfficientNet's time goes without its arithmetic: a k x k depthwise
+convolution does k*k multiply-adds for each element it writes, far below what any processor needs to
+be busy, and BN and Swish then read and write the same tensor again. What counts is how often the
+activations cross the memory bus.
+
+Memory traffic, in activation tensors read + written (x: the input, y: anything of the output's size)
+
+===========================  ==================  ===================  ====================
+step                         eager               conv fused with BN,  this op
+                                                 activation separate
+===========================  ==================  ===================  ====================
+inference: conv              x + y               x + y                x + y
+           BN                2y                  -                    -
+           activation        2y                  2y                   -
+           pool (for SE)     y                   y                    -
+           **all**           **x + 6y**          **x + 4y**           **x + y**
+training:  conv              x + y               x + y                x + y, with statistics
+           BN                3y                  3y                   \\
+           activation        2y                  2y                   2y, BN + act + pool
+           **all**           **x + 6y**          **x + 6y**           **x + 3y**
+backward:  activation        3y                  3y                   \\
+           BN                5y                  5y                   2y, both sums
+           conv, d input     y + x               y + x                \\
+           conv, d weight    y + x               y + x                2y + 2x, one pass
+           **all**           **10y + 2x**        **10y + 2x**         **4y + 2x**
+saved for backward           x, conv, BN         x, conv, BN          x, conv
+===========================  ==================  ===================  ====================
+
+The last column is what ``csrc/`` does; the Triton kernels write d conv once (6y + 2x backward), since
+Triton has no shared memory tile to recompute it in. A prologue removes the 2x (eager: 4x) that the
+BN and the activation of the preceding expand convolution cost.
+
+Source: MBConv of "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946) after
+"MobileNetV2" (arXiv:1801.04381); Swish/SiLU "Searching for Activation Functions" (arXiv:1710.05941).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_kernels import backends
+from effnet_kernels.activations import EAGER, Activation, activation_code
+from effnet_kernels.ops import checks, library
+
+OP = "depthwise_conv_bn_act"
+
+
+class Prologue(NamedTuple):
+    """What is applied to the input as it is loaded: ``activation(input * scale + shift)``.
+
+    Attributes:
+        scale: (C,), floating point.
+        shift: (C,), floating point.
+        activation: an activation's name.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    activation: str = "identity"
+
+
+class DepthwiseConvBnActOutput(NamedTuple):
+    """Results of ``depthwise_conv_bn_act``.
+
+    Attributes:
+        output: (N, C, OH, OW), channels-last, the input's dtype.
+        pooled: (N, C) float32 sums of the output over height and width (before it is rounded to its
+            dtype), or None unless ``pool``. Divide by OH * OW for the mean that SE wants.
+        batch_mean: (C,) float32 mean of the convolution over N, OH, OW, or None unless ``training``.
+            Not differentiable.
+        batch_var: (C,) float32 biased variance, likewise.
+    """
+
+    output: Tensor
+    pooled: Tensor | None
+    batch_mean: Tensor | None
+    batch_var: Tensor | None
+
+
+def depthwise_conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    *,
+    pool: bool = False,
+    prologue: Prologue | None = None,
+) -> DepthwiseConvBnActOutput:
+    """``activation(batch_norm(conv2d(input, weight, groups=C)))``, fused, differentiable.
+
+    Functional: in training the batch statistics are returned, and updating the running ones is the
+    caller's (``effnet_kernels.layers`` does it). Gradients reach ``input``, ``weight``,
+    ``bn_weight``, ``bn_bias`` and the prologue's ``scale`` and ``shift``, in training and with frozen
+    statistics (``training=False``) alike. A second derivative is an error. Under autocast, ``input``
+    and ``weight`` are cast as ``conv2d`` casts them.
+
+    Args:
+        input: (N, C, H, W), float32, float16, bfloat16 or float64; channels-last is taken as it is,
+            other layouts are converted once.
+        weight: (C, 1, k, k), k in {3, 5, 7}, the input's dtype.
+        running_mean: (C,), the mean to normalise by; unused (may be None) in training.
+        running_var: (C,), the biased variance to normalise by; likewise.
+        bn_weight: (C,) or None for ones.
+        bn_bias: (C,) or None for zeros.
+        stride: 1 or 2, the same for height and width.
+        padding: an int, (height, width), (left, right, top, bottom) as in ``torch.nn.functional.pad``,
+            or ``"same"``: TensorFlow's rule, with the odd zero at the bottom and right.
+            Every side is less than k.
+        dilation: 1.
+        training: normalise by the statistics of this batch instead of the running ones.
+        eps: added to the variance.
+        activation: identity, relu, relu6, silu, hardswish, sigmoid or hardsigmoid.
+        pool: also return the sums over height and width.
+        prologue: an affine map and activation applied to ``input`` first, without a pass of its own.
+            Padding is zeros after the prologue, as if a tensor had been written in between.
+
+    Returns:
+        The output, and what ``pool`` and ``training`` add.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument's rank, shape, device or value is wrong. Both name the argument, and
+            come before any kernel runs.
+        RuntimeError: the backend that ``use_backend`` demands cannot take the call.
+    """
+    checks.check_image("input", input)
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        low = torch.get_autocast_dtype(input.device.type)
+        input = input.to(low)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            weight = weight.to(low)
+    _check_weight(weight, input)
+    for argument, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+    ):
+        checks.check_channel_vector(argument, vector, input)
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: got None, expected a ({input.shape[1]},) tensor unless training")
+    stride = checks.one_or_pair("stride", stride)
+    if stride not in (1, 2):
+        raise ValueError(f"stride: got {stride}, expected 1 or 2")
+    dilation = checks.one_or_pair("dilation", dilation)
+    if dilation != 1:
+        raise ValueError(f"dilation: got {dilation}, expected 1")
+    pads = _padding(padding, input, weight.shape[2], stride)
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps: got {type(eps).__name__}, expected a float")
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}, expected a number >= 0")
+    code = activation_code("activation", activation)
+    prologue_code = Activation.identity
+    if prologue is not None:
+        if not isinstance(prologue, Prologue):
+            raise TypeError(f"prologue: got {type(prologue).__name__}, expected a Prologue or None")
+        for argument, vector in (("scale", prologue.scale), ("shift", prologue.shift)):
+            if vector is None:
+                raise TypeError(f"prologue.{argument}: got None, expected a Tensor")
+            checks.check_channel_vector(f"prologue.{argument}", vector, input)
+        prologue_code = activation_code("prologue.activation", prologue.activation)
+    if training and input.shape[0] * _output_size(input, weight, stride, pads) == 1:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, one value a channel after the convolution; "
+            "training needs more than one"
+        )
+
+    backend = backends.select(OP, input)
+    if backend == backends.EAGER:
+        return reference(
+            input, weight, running_mean, running_var, bn_weight, bn_bias,
+            stride, pads, training, eps, activation, pool=pool, prologue=prologue,
+        )  # fmt: skip
+
+    input = input.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous()
+    mean = None if training else checks.kernel_vector(running_mean, input)
+    var = None if training else checks.kernel_vector(running_var, input)
+    bn_weight = checks.kernel_vector(bn_weight, input)
+    bn_bias = checks.kernel_vector(bn_bias, input)
+    scale = shift = None
+    if prologue is not None:
+        scale = prologue.scale.to(_accumulator(input)).contiguous()
+        shift = prologue.shift.to(_accumulator(input)).contiguous()
+
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, weight, bn_weight, bn_bias, scale, shift)
+    )
+    ops = torch.ops.effnet_kernels
+    if not training and not needs_grad:
+        output, pooled = ops.depthwise_conv_bn_act(
+            input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
+            scale, shift, prologue_code, pool, backend,
+        )  # fmt: skip
+        return DepthwiseConvBnActOutput(output, pooled if pool else None, None, None)
+    output, pooled, batch_mean, batch_var, _ = ops.depthwise_conv_bn_act_train(
+        input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
+        scale, shift, prologue_code, pool, backend,
+    )  # fmt: skip
+    return DepthwiseConvBnActOutput(
+        output,
+        pooled if pool else None,
+        batch_mean if training else None,
+        batch_var if training else None,
+    )
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    stride: int,
+    pads: Sequence[int],
+    training: bool,
+    eps: float,
+    activation: str,
+    *,
+    pool: bool,
+    prologue: Prologue | None,
+) -> DepthwiseConvBnActOutput:
+    """``depthwise_conv_bn_act`` in PyTorch's own ops: the eager backend, and what tests compare with.
+
+    Arguments as there, checked; ``pads`` is (top, left, bottom, right).
+    """
+    x = input
+    if prologue is not None:
+        x = torch.addcmul(prologue.shift.view(-1, 1, 1), x, prologue.scale.view(-1, 1, 1))
+        x = EAGER[Activation[prologue.activation]](x.to(input.dtype))
+    top, left, bottom, right = pads
+    with torch.autocast(input.device.type, enabled=False):
+        conv = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, groups=x.shape[1])
+        if conv.dtype == torch.float64:  # batch_norm takes no mixture with float64
+            running_mean, running_var, bn_weight, bn_bias = (
+                None if t is None else t.double()
+                for t in (running_mean, running_var, bn_weight, bn_bias)
+            )
+        if training:
+            y = F.batch_norm(conv, None, None, bn_weight, bn_bias, True, 0.0, eps)
+        else:
+            y = F.batch_norm(conv, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
+        y = EAGER[Activation[activation]](y)
+    y = y.contiguous(memory_format=torch.channels_last)
+    pooled = y.sum((2, 3), dtype=_accumulator(y)) if pool else None
+    if not training:
+        return DepthwiseConvBnActOutput(y, pooled, None, None)
+    with torch.no_grad():
+        if conv.numel() == 0:
+            zeros = conv.new_zeros(conv.shape[1], dtype=_accumulator(conv))
+            return DepthwiseConvBnActOutput(y, pooled, zeros, zeros.clone())
+        var, mean = torch.var_mean(conv.to(_accumulator(conv)), (0, 2, 3), correction=0)
+    return DepthwiseConvBnActOutput(y, pooled, mean, var)
+
+
+def _check_weight(weight: Tensor, input: Tensor) -> None:
+    checks.check_image("weight", weight)
+    channels, k = input.shape[1], weight.shape[2]
+    if tuple(weight.shape) != (channels, 1, k, k) or k not in (3, 5, 7):
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) with k 3, 5 or 7, "
+            "one filter a channel of input"
+        )
+    if weight.dtype != input.dtype:
+        raise TypeError(f"weight: got dtype {weight.dtype}, expected {input.dtype}, input's")
+    checks.check_same_device("weight", weight, input)
+
+
+def _padding(
+    padding: int | str | Sequence[int], input: Tensor, k: int, stride: int
+) -> tuple[int, int, int, int]:
+    """``padding`` as (top, left, bottom, right), checked against the input's extent."""
+    height, width = input.shape[2], input.shape[3]
+    if isinstance(padding, str):
+        if padding != "same":
+            raise ValueError(f"padding: got {padding!r}, expected 'same' or numbers")
+        vertical = torch.sym_max((-(-height // stride) - 1) * stride + k - height, 0)
+        horizontal = torch.sym_max((-(-width // stride) - 1) * stride + k - width, 0)
+        top, left = vertical // 2, horizontal // 2
+        pads = (top, left, vertical - top, horizontal - left)
+    elif isinstance(padding, int) and not isinstance(padding, bool):
+        pads = (padding, padding, padding, padding)
+    elif (
+        isinstance(padding, Sequence)
+        and len(padding) in (2, 4)
+        and all(isinstance(p, int) for p in padding)
+    ):
+        if len(padding) == 2:
+            pads = (padding[0], padding[1], padding[0], padding[1])
+        else:
+            left, right, top, bottom = padding
+            pads = (top, left, bottom, right)
+    else:
+        raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
+    if any(p < 0 or p >= k for p in pads):
+        raise ValueError(f"padding: got {padding!r}, expected 0 to {k - 1} on every side")
+    top, left, bottom, right = pads
+    if height + top + bottom < k or width + left + right < k:
+        raise ValueError(
+            f"input: got {height} x {width} pixels, expected at least {k - top - bottom} x "
+            f"{k - left - right} for a {k} x {k} kernel with padding {padding!r}"
+        )
+    return pads
+
+
+def _output_hw(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) -> tuple[int, int]:
+    top, left, bottom, right = pads
+    k = weight.shape[2]
+    return (
+        (input.shape[2] + top + bottom - k) // stride + 1,
+        (input.shape[3] + left + right - k) // stride + 1,
+    )
+
+
+def _output_size(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) -> int:
+    height, width = _output_hw(input, weight, stride, pads)
+    return height * width
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# The registered functional ops. Each allocates its results, the same way for every backend and for
+# the fake, and has the backend's kernel fill them. Results that were not asked for have no elements.
+# --------------------------------------------------------------------------------------------------
+
+_GEOMETRY = "int stride, SymInt[4] padding, int activation"
+_PROLOGUE = "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activation"
+
+
+def _empty_output(input: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
+    height, width = _output_hw(input, weight, stride, padding)
+    return torch.empty(
+        (input.shape[0], input.shape[1], height, width),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _empty_vector(input: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=_accumulator(input), device=input.device)
+
+
+def _allocate_inference(
+    input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], pool: bool
+) -> tuple[Tensor, Tensor]:
+    pooled_shape = (input.shape[0], input.shape[1]) if pool else (0,)
+    return (
+        _empty_output(input, weight, stride, padding),
+        _empty_vector(input, *pooled_shape),
+    )
+
+
+def _inference(
+    input: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
+    stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    pool: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    input = input.contiguous(memory_format=torch.channels_last)
+    output, pooled = _allocate_inference(input, weight, stride, padding, pool)
+    if output.numel() == 0:
+        return output, pooled.zero_()
+    backends.kernel(backend, "depthwise_conv_bn_act_out")(
+        input, weight, mean, var, bn_weight, bn_bias, eps, stride, padding[0], padding[1], activation,
+        prologue_scale, prologue_shift, prologue_activation, output, pooled if pool else None,
+    )  # fmt: skip
+    return output, pooled
+
+
+def _inference_fake(
+    input: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
+    stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    pool: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _allocate_inference(input, weight, stride, padding, pool)
+
+
+def _allocate_train(
+    input: Tensor, weight: Tensor, frozen: bool, stride: int, padding: Sequence[int], pool: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    output, pooled = _allocate_inference(input, weight, stride, padding, pool)
+    statistics = (0,) if frozen else (input.shape[1],)
+    return (
+        output,
+        pooled,
+        _empty_vector(input, *statistics),
+        _empty_vector(input, *statistics),
+        torch.empty_like(output),
+    )
+
+
+def _train(
+    input: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
+    stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    pool: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    input = input.contiguous(memory_format=torch.channels_last)
+    output, pooled, batch_mean, batch_var, conv = _allocate_train(
+        input, weight, mean is not None, stride, padding, pool
+    )
+    if output.numel() == 0:
+        return output, pooled.zero_(), batch_mean.zero_(), batch_var.zero_(), conv
+    backends.kernel(backend, "depthwise_conv_bn_act_train_out")(
+        input, weight, bn_weight, bn_bias, eps, stride, padding[0], padding[1], activation,
+        prologue_scale, prologue_shift, prologue_activation, mean is None,
+        conv, batch_mean if mean is None else mean, batch_var if var is None else var,
+        output, pooled if pool else None,
+    )  # fmt: skip
+    return output, pooled, batch_mean, batch_var, conv
+
+
+def _train_fake(
+    input: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
+    stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    pool: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _allocate_train(input, weight, mean is not None, stride, padding, pool)
+
+
+def _allocate_backward(
+    input: Tensor, weight: Tensor, prologue: bool, needs_input: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channels = input.shape[1]
+    prologue_shape = (channels,) if prologue and needs_input else (0,)
+    return (
+        torch.empty_like(input, memory_format=torch.channels_last) if needs_input
+        else input.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight
+        else weight.new_empty(0),
+        _empty_vector(input, channels),
+        _empty_vector(input, channels),
+        _empty_vector(input, *prologue_shape),
+        _empty_vector(input, *prologue_shape),
+    )  # fmt: skip
+
+
+def _backward(
+    grad_output: Tensor, grad_pooled: Tensor | None, conv: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, batch_stats: bool,
+    input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    needs_input: bool, needs_weight: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    input = input.contiguous(memory_format=torch.channels_last)
+    has_prologue = prologue_scale is not None
+    grads = _allocate_backward(input, weight, has_prologue, needs_input, needs_weight)
+    if conv.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_scale, grad_shift = grads
+    with_prologue = has_prologue and needs_input
+    backends.kernel(backend, "depthwise_conv_bn_act_backward_out")(
+        grad_output.contiguous(memory_format=torch.channels_last),
+        None if grad_pooled is None else grad_pooled.contiguous(),
+        conv, mean, var, bn_weight, bn_bias, eps, activation, batch_stats,
+        input, weight, stride, padding[0], padding[1],
+        prologue_scale, prologue_shift, prologue_activation,
+        grad_input if needs_input else None, grad_weight if needs_weight else None,
+        grad_bn_weight, grad_bn_bias,
+        grad_scale if with_prologue else None, grad_shift if with_prologue else None,
+    )  # fmt: skip
+    return grads
+
+
+def _backward_fake(
+    grad_output: Tensor, grad_pooled: Tensor | None, conv: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, batch_stats: bool,
+    input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], activation: int,
+    prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
+    needs_input: bool, needs_weight: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _allocate_backward(
+        input, weight, prologue_scale is not None, needs_input, needs_weight
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (
+        input, weight, mean, var, bn_weight, bn_bias, eps, stride, padding, activation,
+        prologue_scale, prologue_shift, prologue_activation, pool, backend,
+    ) = inputs  # fmt: skip
+    _, _, batch_mean, batch_var, conv = output
+    ctx.mark_non_differentiable(batch_mean, batch_var, conv)
+    ctx.set_materialize_grads(False)
+    ctx.batch_stats = mean is None
+    ctx.pool = pool
+    ctx.save_for_backward(
+        input, weight, batch_mean if mean is None else mean, batch_var if var is None else var,
+        bn_weight, bn_bias, conv, prologue_scale, prologue_shift,
+    )  # fmt: skip
+    ctx.eps, ctx.stride, ctx.padding, ctx.activation = eps, stride, padding, activation
+    ctx.prologue_activation, ctx.backend = prologue_activation, backend
+
+
+def _autograd_backward(
+    ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    input, weight, mean, var, bn_weight, bn_bias, conv, scale, shift = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if not ctx.pool:
+        grad_pooled = None
+    if grad_output is None:
+        if grad_pooled is None:
+            return (None,) * len(needs)
+        grad_output = torch.zeros_like(conv)
+    needs_prologue = scale is not None and (needs[10] or needs[11])
+    grads = torch.ops.effnet_kernels.depthwise_conv_bn_act_backward(
+        grad_output, grad_pooled, conv, mean, var, bn_weight, bn_bias, ctx.eps, ctx.batch_stats,
+        input, weight, ctx.stride, ctx.padding, ctx.activation,
+        scale, shift, ctx.prologue_activation, needs[0] or needs_prologue, needs[1], ctx.backend,
+    )  # fmt: skip
+    grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_scale, grad_shift = grads
+    return (
+        grad_input if needs[0] else None,
+        grad_weight if needs[1] else None,
+        None,
+        None,
+        grad_bn_weight.to(bn_weight.dtype) if needs[4] else None,
+        grad_bn_bias.to(bn_bias.dtype) if needs[5] else None,
+        *(None,) * 4,
+        grad_scale if needs[10] else None,
+        grad_shift if needs[11] else None,
+        *(None,) * 3,
+    )
+
+
+library.register(
+    OP,
+    "(Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
+    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) -> (Tensor output, Tensor pooled)",
+    implementation=_inference,
+    fake=_inference_fake,
+)
+library.not_differentiable(
+    OP, f"{OP} is the inference op; call effnet_kernels.ops.{OP}, which picks the differentiable one"
+)
+library.register(
+    f"{OP}_train",
+    "(Tensor input, Tensor weight, Tensor? mean, Tensor? var, Tensor? bn_weight, Tensor? bn_bias, "
+    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) "
+    "-> (Tensor output, Tensor pooled, Tensor batch_mean, Tensor batch_var, Tensor conv)",
+    implementation=_train,
+    fake=_train_fake,
+)
+library.differentiable(f"{OP}_train", backward=_autograd_backward, setup_context=_setup_context)
+library.register(
+    f"{OP}_backward",
+    "(Tensor grad_output, Tensor? grad_pooled, Tensor conv, Tensor mean, Tensor var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, bool batch_stats, "
+    f"Tensor input, Tensor weight, {_GEOMETRY}, {_PROLOGUE}, "
+    "bool needs_input, bool needs_weight, str backend) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
+    "Tensor grad_prologue_scale, Tensor grad_prologue_shift)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+library.not_differentiable(f"{OP}_backward", f"{OP} has no second derivative (double backward)")
