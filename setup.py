@@ -2,8 +2,8 @@
 
 Environment:
     EFFNET_KERNELS_SKIP_CUDA_BUILD=1  build the CPU kernels only
-    FORCE_CUDA=1                      fail where the CUDA kernels cannot be built, instead of leaving
-                                      them out
+    FORCE_CUDA=1                      fail where the CUDA kernels cannot be built, instead of
+                                      leaving them out
     TORCH_CUDA_ARCH_LIST              GPU architectures, "8.0;9.0a;10.0" unless set
     MAX_JOBS                          parallel compile jobs (ninja's default: all cores)
 """

@@ -1,5 +1,6 @@
 """Argument checks that the public functions share: each error names the argument, says what it got
-and what it needs, and comes before any kernel runs."""
+and what it needs, and comes before any kernel runs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def check_image(argument: str, tensor: Tensor) -> None:
             "expected 4: (N, C, H, W)"
         )
     if tensor.layout != torch.strided:
-        raise TypeError(f"{argument}: got layout {tensor.layout}, expected a dense (strided) tensor")
+        raise TypeError(
+            f"{argument}: got layout {tensor.layout}, expected a dense (strided) tensor"
+        )
 
 
 def check_same_device(argument: str, tensor: Tensor, input: Tensor) -> None:
@@ -86,7 +89,8 @@ def one_or_pair(argument: str, value: int | Sequence[int]) -> int:
 
 def kernel_vector(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """A per-channel vector as the kernels read it: contiguous, float32 or ``input``'s dtype
-    (float64 beside a float64 input)."""
+    (float64 beside a float64 input).
+    """
     if tensor is None:
         return None
     if input.dtype == torch.float64:

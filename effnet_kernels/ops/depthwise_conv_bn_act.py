@@ -1,11 +1,12 @@
-"""Depthwise convolution + BatchNorm + activation, for inference and training, one pass where one will do.
+r"""Depthwise convolution + BatchNorm + activation, one pass where one will do.
 
 The depthwise stage is where EfficientNet's time goes without its arithmetic: a k x k depthwise
 convolution does k*k multiply-adds for each element it writes, far below what any processor needs to
 be busy, and BN and Swish then read and write the same tensor again. What counts is how often the
 activations cross the memory bus.
 
-Memory traffic, in activation tensors read + written (x: the input, y: anything of the output's size)
+Memory traffic, in activation tensors read + written (x: the input, y: whatever has the output's
+size)
 
 ===========================  ==================  ===================  ====================
 step                         eager               conv fused with BN,  this op
@@ -17,23 +18,24 @@ inference: conv              x + y               x + y                x + y
            pool (for SE)     y                   y                    -
            **all**           **x + 6y**          **x + 4y**           **x + y**
 training:  conv              x + y               x + y                x + y, with statistics
-           BN                3y                  3y                   \\
+           BN                3y                  3y                   \
            activation        2y                  2y                   2y, BN + act + pool
            **all**           **x + 6y**          **x + 6y**           **x + 3y**
-backward:  activation        3y                  3y                   \\
+backward:  activation        3y                  3y                   \
            BN                5y                  5y                   2y, both sums
-           conv, d input     y + x               y + x                \\
+           conv, d input     y + x               y + x                \
            conv, d weight    y + x               y + x                2y + 2x, one pass
            **all**           **10y + 2x**        **10y + 2x**         **4y + 2x**
 saved for backward           x, conv, BN         x, conv, BN          x, conv
 ===========================  ==================  ===================  ====================
 
-The last column is what ``csrc/`` does; the Triton kernels write d conv once (6y + 2x backward), since
-Triton has no shared memory tile to recompute it in. A prologue removes the 2x (eager: 4x) that the
-BN and the activation of the preceding expand convolution cost.
+The last column is what ``csrc/`` does; the Triton kernels write d conv once (6y + 2x backward),
+since Triton has no shared memory tile to recompute it in. A prologue removes the 2x (eager: 4x) that
+the BN and the activation of the preceding expand convolution cost.
 
 Source: MBConv of "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946) after
-"MobileNetV2" (arXiv:1801.04381); Swish/SiLU "Searching for Activation Functions" (arXiv:1710.05941).
+"MobileNetV2" (arXiv:1801.04381); Swish/SiLU after "Searching for Activation Functions"
+(arXiv:1710.05941).
 """
 
 from __future__ import annotations
@@ -71,10 +73,10 @@ class DepthwiseConvBnActOutput(NamedTuple):
 
     Attributes:
         output: (N, C, OH, OW), channels-last, the input's dtype.
-        pooled: (N, C) float32 sums of the output over height and width (before it is rounded to its
-            dtype), or None unless ``pool``. Divide by OH * OW for the mean that SE wants.
-        batch_mean: (C,) float32 mean of the convolution over N, OH, OW, or None unless ``training``.
-            Not differentiable.
+        pooled: (N, C) float32 sums of the output over height and width (before it is rounded to
+            its dtype), or None unless ``pool``. Divide by OH * OW for the mean that SE wants.
+        batch_mean: (C,) float32 mean of the convolution over N, OH, OW, or None unless
+            ``training``. Not differentiable.
         batch_var: (C,) float32 biased variance, likewise.
     """
 
@@ -105,9 +107,9 @@ def depthwise_conv_bn_act(
 
     Functional: in training the batch statistics are returned, and updating the running ones is the
     caller's (``effnet_kernels.layers`` does it). Gradients reach ``input``, ``weight``,
-    ``bn_weight``, ``bn_bias`` and the prologue's ``scale`` and ``shift``, in training and with frozen
-    statistics (``training=False``) alike. A second derivative is an error. Under autocast, ``input``
-    and ``weight`` are cast as ``conv2d`` casts them.
+    ``bn_weight``, ``bn_bias`` and the prologue's ``scale`` and ``shift``, in training and with
+    frozen statistics (``training=False``) alike. A second derivative is an error. Under autocast,
+    ``input`` and ``weight`` are cast as ``conv2d`` casts them.
 
     Args:
         input: (N, C, H, W), float32, float16, bfloat16 or float64; channels-last is taken as it is,
@@ -118,16 +120,16 @@ def depthwise_conv_bn_act(
         bn_weight: (C,) or None for ones.
         bn_bias: (C,) or None for zeros.
         stride: 1 or 2, the same for height and width.
-        padding: an int, (height, width), (left, right, top, bottom) as in ``torch.nn.functional.pad``,
-            or ``"same"``: TensorFlow's rule, with the odd zero at the bottom and right.
-            Every side is less than k.
+        padding: an int, (height, width), (left, right, top, bottom) as in
+            ``torch.nn.functional.pad``, or ``"same"``: TensorFlow's rule, with the odd zero at the
+            bottom and right. Every side is less than k.
         dilation: 1.
         training: normalise by the statistics of this batch instead of the running ones.
         eps: added to the variance.
         activation: identity, relu, relu6, silu, hardswish, sigmoid or hardsigmoid.
         pool: also return the sums over height and width.
-        prologue: an affine map and activation applied to ``input`` first, without a pass of its own.
-            Padding is zeros after the prologue, as if a tensor had been written in between.
+        prologue: an affine map and activation applied to ``input`` first, without a pass of its
+            own. Padding is zeros after the prologue, as if a tensor had been written in between.
 
     Returns:
         The output, and what ``pool`` and ``training`` add.
@@ -139,8 +141,13 @@ def depthwise_conv_bn_act(
         RuntimeError: the backend that ``use_backend`` demands cannot take the call.
     """
     checks.check_image("input", input)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        low = torch.get_autocast_dtype(input.device.type)
+    device = input.device.type
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and input.dtype != torch.float64
+    ):
+        low = torch.get_autocast_dtype(device)
         input = input.to(low)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             weight = weight.to(low)
@@ -154,7 +161,9 @@ def depthwise_conv_bn_act(
         checks.check_channel_vector(argument, vector, input)
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing}: got None, expected a ({input.shape[1]},) tensor unless training")
+        raise ValueError(
+            f"{missing}: got None, expected a ({input.shape[1]},) tensor unless training"
+        )
     stride = checks.one_or_pair("stride", stride)
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride}, expected 1 or 2")
@@ -238,7 +247,7 @@ def reference(
     pool: bool,
     prologue: Prologue | None,
 ) -> DepthwiseConvBnActOutput:
-    """``depthwise_conv_bn_act`` in PyTorch's own ops: the eager backend, and what tests compare with.
+    """``depthwise_conv_bn_act`` in PyTorch's own ops: the eager backend, and the tests' yardstick.
 
     Arguments as there, checked; ``pads`` is (top, left, bottom, right).
     """
@@ -248,7 +257,9 @@ def reference(
         x = EAGER[Activation[prologue.activation]](x.to(input.dtype))
     top, left, bottom, right = pads
     with torch.autocast(input.device.type, enabled=False):
-        conv = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, groups=x.shape[1])
+        conv = F.conv2d(
+            F.pad(x, (left, right, top, bottom)), weight, None, stride, groups=x.shape[1]
+        )
         if conv.dtype == torch.float64:  # batch_norm takes no mixture with float64
             running_mean, running_var, bn_weight, bn_bias = (
                 None if t is None else t.double()
@@ -276,8 +287,8 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
     channels, k = input.shape[1], weight.shape[2]
     if tuple(weight.shape) != (channels, 1, k, k) or k not in (3, 5, 7):
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) with k 3, 5 or 7, "
-            "one filter a channel of input"
+            f"weight: got shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) "
+            "with k 3, 5 or 7, one filter a channel of input"
         )
     if weight.dtype != input.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, expected {input.dtype}, input's")
@@ -288,6 +299,8 @@ def _padding(
     padding: int | str | Sequence[int], input: Tensor, k: int, stride: int
 ) -> tuple[int, int, int, int]:
     """``padding`` as (top, left, bottom, right), checked against the input's extent."""
+    if not isinstance(padding, (int, str, Sequence)):
+        raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
     height, width = input.shape[2], input.shape[3]
     if isinstance(padding, str):
         if padding != "same":
@@ -296,20 +309,14 @@ def _padding(
         horizontal = torch.sym_max((-(-width // stride) - 1) * stride + k - width, 0)
         top, left = vertical // 2, horizontal // 2
         pads = (top, left, vertical - top, horizontal - left)
-    elif isinstance(padding, int) and not isinstance(padding, bool):
-        pads = (padding, padding, padding, padding)
-    elif (
-        isinstance(padding, Sequence)
-        and len(padding) in (2, 4)
-        and all(isinstance(p, int) for p in padding)
-    ):
-        if len(padding) == 2:
-            pads = (padding[0], padding[1], padding[0], padding[1])
-        else:
-            left, right, top, bottom = padding
-            pads = (top, left, bottom, right)
     else:
-        raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
+        sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+        if len(sides) == 2:
+            sides = (sides[1], sides[1], sides[0], sides[0])
+        if len(sides) != 4 or any(not isinstance(p, int) or isinstance(p, bool) for p in sides):
+            raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
+        left, right, top, bottom = sides
+        pads = (top, left, bottom, right)
     if any(p < 0 or p >= k for p in pads):
         raise ValueError(f"padding: got {padding!r}, expected 0 to {k - 1} on every side")
     top, left, bottom, right = pads
@@ -341,7 +348,7 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 # --------------------------------------------------------------------------------------------------
 # The registered functional ops. Each allocates its results, the same way for every backend and for
-# the fake, and has the backend's kernel fill them. Results that were not asked for have no elements.
+# the fake, and has the backend's kernel fill them. Results not asked for have no elements.
 # --------------------------------------------------------------------------------------------------
 
 _GEOMETRY = "int stride, SymInt[4] padding, int activation"
@@ -384,7 +391,8 @@ def _inference(
     if output.numel() == 0:
         return output, pooled.zero_()
     backends.kernel(backend, "depthwise_conv_bn_act_out")(
-        input, weight, mean, var, bn_weight, bn_bias, eps, stride, padding[0], padding[1], activation,
+        input, weight, mean, var, bn_weight, bn_bias, eps,
+        stride, padding[0], padding[1], activation,
         prologue_scale, prologue_shift, prologue_activation, output, pooled if pool else None,
     )  # fmt: skip
     return output, pooled
@@ -499,9 +507,7 @@ def _backward_fake(
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
     needs_input: bool, needs_weight: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _allocate_backward(
-        input, weight, prologue_scale is not None, needs_input, needs_weight
-    )
+    return _allocate_backward(input, weight, prologue_scale is not None, needs_input, needs_weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -557,12 +563,14 @@ def _autograd_backward(
 library.register(
     OP,
     "(Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
-    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) -> (Tensor output, Tensor pooled)",
+    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) "
+    "-> (Tensor output, Tensor pooled)",
     implementation=_inference,
     fake=_inference_fake,
 )
 library.not_differentiable(
-    OP, f"{OP} is the inference op; call effnet_kernels.ops.{OP}, which picks the differentiable one"
+    OP,
+    f"{OP} is the inference op; call effnet_kernels.ops.{OP}, which picks the differentiable one",
 )
 library.register(
     f"{OP}_train",
