@@ -30,8 +30,8 @@ saved for backward           x, conv, BN         x, conv, BN          x, conv
 ===========================  ==================  ===================  ====================
 
 The last column is what ``csrc/`` does; the Triton kernels write d conv once (6y + 2x backward),
-since Triton has no shared memory tile to recompute it in. A prologue removes the 2x (eager: 4x) that
-the BN and the activation of the preceding expand convolution cost.
+since Triton has no shared memory tile to recompute it in. A prologue removes the 4x that the BN and
+the activation of the preceding expand convolution cost in eager.
 
 Source: MBConv of "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946) after
 "MobileNetV2" (arXiv:1801.04381); Swish/SiLU after "Searching for Activation Functions"

@@ -153,7 +153,7 @@ def depthwise_output_shape(case: Case) -> tuple[int, int, int, int]:
 def run(
     case: Case, arguments: Arguments, backend: str, *, double: bool = False
 ) -> dict[str, Tensor]:
-    """Every result and gradient of ``case`` by name, under ``backend``; in float64 if ``double``."""
+    """Every result and gradient of ``case`` under ``backend``, by name; ``double``: in float64."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
