@@ -22,6 +22,8 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 DEFINES = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-lineinfo"]
+# Named so that a source distribution carries them.
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
 def flag(name: str) -> bool:
@@ -53,6 +55,7 @@ def extensions() -> list[object]:
             "effnet_kernels._cpu",
             sorted(["csrc/ops.cpp", *glob("csrc/cpu/*.cpp")]),
             include_dirs=[os.path.abspath("csrc")],
+            depends=HEADERS,
             define_macros=DEFINES,
             extra_compile_args={"cxx": CXX_FLAGS},
             py_limited_api=True,
@@ -70,6 +73,7 @@ def extensions() -> list[object]:
             "effnet_kernels._cuda",
             sorted(glob("csrc/cuda/*.cu")),
             include_dirs=[os.path.abspath("csrc")],
+            depends=HEADERS,
             # USE_CUDA declares the stable ABI's current-stream call.
             define_macros=[*DEFINES, ("USE_CUDA", None)],
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
