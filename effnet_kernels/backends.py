@@ -99,11 +99,12 @@ KERNEL_BACKENDS: dict[str, Backend] = {b.name: b for b in (CUDA, TRITON, CPU)}
 NAMES: tuple[str, ...] = (*KERNEL_BACKENDS, EAGER)
 
 _demanded: str | None = os.environ.get("EFFNET_KERNELS_BACKEND") or None
+_disabled: bool = os.environ.get("EFFNET_KERNELS_DISABLE", "0") not in ("", "0")
 
 
 def disabled() -> bool:
-    """Whether ``EFFNET_KERNELS_DISABLE`` turns every kernel off."""
-    return os.environ.get("EFFNET_KERNELS_DISABLE", "0") not in ("", "0")
+    """Whether ``EFFNET_KERNELS_DISABLE``, read at import, turns every kernel off."""
+    return _disabled
 
 
 def set_backend(name: str | None) -> None:
@@ -145,7 +146,7 @@ def select(op: str, input: Tensor) -> str:
         ValueError: the demanded backend does not exist.
         RuntimeError: the demanded backend cannot take this call; the message says why.
     """
-    if disabled() or _demanded == EAGER:
+    if _disabled or _demanded == EAGER:
         return EAGER
     if _demanded is not None:
         if _demanded not in KERNEL_BACKENDS:

@@ -87,14 +87,23 @@ def one_or_pair(argument: str, value: int | Sequence[int]) -> int:
     raise TypeError(f"{argument}: got {value!r}, expected an int or a pair of ints")
 
 
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether any of them does."""
+    for tensor in tensors:  # a loop: this runs on every call, and any() over a generator costs more
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def kernel_vector(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     """A per-channel vector as the kernels read it: contiguous, float32 or ``input``'s dtype
     (float64 beside a float64 input).
     """
     if tensor is None:
         return None
+    dtype = tensor.dtype
     if input.dtype == torch.float64:
-        return tensor.to(torch.float64).contiguous()
-    if tensor.dtype not in (torch.float32, input.dtype):
+        tensor = tensor.to(torch.float64)
+    elif dtype != torch.float32 and dtype != input.dtype:
         tensor = tensor.float()
     return tensor.contiguous()

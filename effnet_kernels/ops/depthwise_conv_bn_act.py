@@ -143,7 +143,7 @@ def depthwise_conv_bn_act(
     checks.check_image("input", input)
     device = input.device.type
     if (
-        torch.amp.is_autocast_available(device)
+        device in ("cpu", "cuda")
         and torch.is_autocast_enabled(device)
         and input.dtype != torch.float64
     ):
@@ -209,8 +209,8 @@ def depthwise_conv_bn_act(
         scale = prologue.scale.to(_accumulator(input)).contiguous()
         shift = prologue.shift.to(_accumulator(input)).contiguous()
 
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bn_weight, bn_bias, scale, shift)
+    needs_grad = torch.is_grad_enabled() and checks.requires_grad(
+        input, weight, bn_weight, bn_bias, scale, shift
     )
     ops = torch.ops.effnet_kernels
     if not training and not needs_grad:
@@ -567,10 +567,6 @@ library.register(
     "-> (Tensor output, Tensor pooled)",
     implementation=_inference,
     fake=_inference_fake,
-)
-library.not_differentiable(
-    OP,
-    f"{OP} is the inference op; call effnet_kernels.ops.{OP}, which picks the differentiable one",
 )
 library.register(
     f"{OP}_train",
