@@ -7,9 +7,19 @@
 ``restore`` and ``report`` the drop-in for stock models, ``use_backend`` the choice of kernels.
 """
 
-from effnet_kernels import ops
+from effnet_kernels import layers, ops
 from effnet_kernels.backends import set_backend, use_backend
+from effnet_kernels.convert import convert, report, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops", "set_backend", "use_backend"]
+__all__ = [
+    "__version__",
+    "convert",
+    "layers",
+    "ops",
+    "report",
+    "restore",
+    "set_backend",
+    "use_backend",
+]

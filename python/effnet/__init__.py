@@ -1,1 +1,10 @@
-"""The EfficientNet family in plain PyTorch, on the layers of ``effnet_kernels``."""
+"""The EfficientNet family in plain PyTorch, on the layers of ``effnet_kernels``.
+
+>>> import effnet
+>>> model = effnet.efficientnet_b0()
+"""
+
+from effnet.efficientnet import EfficientNet, MBConv, efficientnet_b0
+from effnet.weights import from_timm_state_dict
+
+__all__ = ["EfficientNet", "MBConv", "efficientnet_b0", "from_timm_state_dict"]

@@ -1,0 +1,215 @@
+"""The drop-in: ``convert`` makes a stock model run on the fused ops, ``restore`` undoes it, and
+``report`` says block by block what is taken and why the rest is not.
+
+>>> model = effnet_kernels.convert(timm.create_model("efficientnet_b0"))
+>>> print(effnet_kernels.report(model))
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from effnet_kernels import backends
+from effnet_kernels.layers.adapter import Adapter
+
+# A library's adapters are imported once the library is: only then can a model hold its blocks.
+_ADAPTER_MODULES = {"timm.models._efficientnet_blocks": "effnet_kernels.layers.timm"}
+
+# What ``report`` lists; whatever of it has no adapter is not supported.
+_BLOCKS = {
+    "timm.models._efficientnet_blocks": (
+        "ConvBnAct",
+        "DepthwiseSeparableConv",
+        "InvertedResidual",
+        "CondConvResidual",
+        "EdgeResidual",
+        "UniversalInvertedResidual",
+        "MobileAttention",
+    ),
+    "torchvision.models.efficientnet": ("MBConv", "FusedMBConv"),
+    "torchvision.models.mobilenetv2": ("InvertedResidual",),
+    "torchvision.models.mobilenetv3": ("InvertedResidual",),
+}
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What ``report`` says of one block.
+
+    Attributes:
+        name: the block's name in the model, "" for the model itself.
+        class_name: its class, as it stands.
+        taken: whether the block runs on the fused ops.
+        reason: why not, or "".
+    """
+
+    name: str
+    class_name: str
+    taken: bool
+    reason: str
+
+
+class Report(list[BlockReport]):
+    """The blocks of a model in its order; prints as a table."""
+
+    @property
+    def taken(self) -> int:
+        """How many blocks run on the fused ops."""
+        return sum(entry.taken for entry in self)
+
+    def __str__(self) -> str:
+        rows = [("block", "class", "fused", "reason")]
+        rows += [(e.name, e.class_name, "yes" if e.taken else "no", e.reason) for e in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), f"{self.taken} of {len(self)} fused"])
+
+
+def convert(
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Makes the eligible blocks of ``model`` run on the fused ops, in place.
+
+    Only the class of a block changes: modules, parameters, buffers, hooks and ``state_dict`` stay
+    as they are, and copies and pickles of the model work (where effnet_kernels can be imported).
+    A block is looked at again at each call: one that a hook, a new child, tracing, an unsupported
+    dtype or device or ``EFFNET_KERNELS_DISABLE=1`` has made ineligible runs its stock forward.
+    Outputs are channels-last. Converting again changes nothing. A second derivative is an error,
+    and so is ``torch.jit.script``, which reads source: ``restore`` the model before it.
+
+    Args:
+        model: any module with blocks of timm (``InvertedResidual``, ``DepthwiseSeparableConv``).
+        filter_fn: called with the name and module of each block; False leaves it as it is.
+        strict: convert all the blocks that ``filter_fn`` admits, or none and raise.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``filter_fn`` cannot be called.
+        ValueError: ``strict``, and a block cannot be converted or there is none.
+    """
+    _check_module(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
+    blocks = [
+        (name, block)
+        for name, block in _blocks(model)
+        if filter_fn is None or filter_fn(name, block)
+    ]
+    refusals = {name: _refusal(block) for name, block in blocks}
+    refused = [f"{name or '(the model)'}: {why}" for name, why in refusals.items() if why]
+    if len(refused) == len(blocks):
+        message = f"nothing in this {type(model).__name__} can be converted: " + (
+            "; ".join(refused)
+            or "it has no block that is known"
+            + (filter_fn is not None) * " and that filter_fn admits"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+    elif strict and refused:
+        raise ValueError(f"{len(refused)} of {len(blocks)} blocks: " + "; ".join(refused))
+    for name, block in blocks:
+        if refusals[name] is None:
+            block.__class__ = _adapters()[type(block)].fused
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives every converted block of ``model`` its stock class back, in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_module(model)
+    for _, block in _blocks(model):
+        adapter = _adapters().get(type(block))
+        if adapter is not None:
+            block.__class__ = adapter.stock
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What of ``model`` runs on the fused ops, as it stands, and why the rest does not.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_module(model)
+    entries = Report()
+    for name, block in _blocks(model):
+        reason = _refusal(block) or _idle(block) or ""
+        entries.append(BlockReport(name, type(block).__name__, not reason, reason))
+    return entries
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _adapters() -> dict[type[nn.Module], Adapter]:
+    """The adapters of the libraries that are imported, by stock and by fused class."""
+    adapters = {}
+    for library, module in _ADAPTER_MODULES.items():
+        if library in sys.modules:
+            for adapter in importlib.import_module(module).ADAPTERS:
+                adapters[adapter.stock] = adapters[adapter.fused] = adapter
+    return adapters
+
+
+def _stock_name(cls: type) -> str | None:
+    """The name of the block class that ``cls`` is or derives from."""
+    for base in cls.__mro__:
+        if base.__name__ in _BLOCKS.get(base.__module__, ()):
+            return base.__name__
+    return None
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if _stock_name(type(module)) is not None:
+            yield name, module
+
+
+def _refusal(block: nn.Module) -> str | None:
+    """Why ``block`` cannot be converted, or None where it can be or is."""
+    cls = type(block)
+    adapter = _adapters().get(cls)
+    if adapter is None:
+        stock = _stock_name(cls)
+        if stock != cls.__name__ and stock in {a.stock.__name__ for a in _adapters().values()}:
+            return f"{cls.__name__} is a subclass of {stock}, and may compute something else"
+        return f"{cls.__module__.partition('.')[0]}'s {cls.__name__} is not supported"
+    if "forward" in block.__dict__:
+        return "it has a forward of its own (patched on the instance)"
+    return adapter.refusal(block)
+
+
+def _idle(block: nn.Module) -> str | None:
+    """Why an eligible block does not run on the fused ops as things stand."""
+    if type(block) is not _adapters()[type(block)].fused:
+        return "not converted"
+    if backends.disabled():
+        return "EFFNET_KERNELS_DISABLE is set"
+    weight = next(block.parameters())
+    refusals = backends.refusals(weight)
+    if all(refusals.values()):
+        return "; ".join(f"{name}: {why}" for name, why in refusals.items())
+    return None

@@ -1,0 +1,10 @@
+"""Modules on the ops. The adapters of other libraries' blocks, such as ``layers.timm``, are
+imported only beside those libraries.
+"""
+
+from effnet_kernels.layers.depthwise_conv_bn_act import (
+    DepthwiseConvBnAct,
+    run_depthwise_conv_bn_act,
+)
+
+__all__ = ["DepthwiseConvBnAct", "run_depthwise_conv_bn_act"]

@@ -1,0 +1,24 @@
+"""The link between a stock block's class and the fused one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How blocks of one class are fused.
+
+    Attributes:
+        stock: the class that is taken; subclasses of it are not.
+        fused: a subclass of ``stock`` with another ``forward`` and the same state.
+        refusal: why a block of either class cannot run fused, or None.
+    """
+
+    stock: type[nn.Module]
+    fused: type[nn.Module]
+    refusal: Callable[[Any], str | None]

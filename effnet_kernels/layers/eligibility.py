@@ -1,0 +1,90 @@
+"""What a stock convolution, a block and a call must be like for a fused op to stand in for them.
+
+Each check gives the reason why not, or None. The adapters ask the same questions when a model is
+converted and again at each call, since children can be replaced and hooks added in between; so the
+checks read attributes and nothing else, and ``torch.compile`` traces through them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from effnet_kernels import backends
+
+
+def module_refusal(name: str, module: nn.Module) -> str | None:
+    """Why ``module`` may not be bypassed: something else hangs on its being called."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"{name} has backward hooks"
+    if "forward" in module.__dict__:
+        return f"{name} has a forward of its own (patched on the instance)"
+    return None
+
+
+def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
+    """Why the depthwise op cannot stand in for ``conv``, whose class the caller has checked."""
+    channels = conv.in_channels
+    if conv.groups != channels or conv.out_channels != channels:
+        return (
+            f"{name} is not depthwise ({channels} to {conv.out_channels} channels in "
+            f"{conv.groups} groups)"
+        )
+    kernel, stride = conv.kernel_size, conv.stride
+    if kernel[0] != kernel[1] or kernel[0] not in (3, 5, 7):
+        return f"{name} has kernel size {kernel}, not 3, 5 or 7"
+    if stride[0] != stride[1] or stride[0] not in (1, 2):
+        return f"{name} has stride {stride}, not 1 or 2"
+    if conv.dilation != (1, 1):
+        return f"{name} has dilation {conv.dilation}"
+    if conv.bias is not None:
+        return f"{name} has a bias"
+    if conv.padding_mode != "zeros":
+        return f"{name} pads with {conv.padding_mode!r}, not zeros"
+    padding = conv.padding
+    if not isinstance(padding, str) and (padding[0] >= kernel[0] or padding[1] >= kernel[0]):
+        return f"{name} has padding {padding}, not less than its kernel"
+    return _tensor_refusal(f"{name}.weight", conv.weight) or module_refusal(name, conv)
+
+
+def conv_padding(conv: nn.Conv2d) -> str | tuple[int, int]:
+    """The padding of an ``nn.Conv2d`` of odd kernel size, as the op takes it."""
+    padding = conv.padding
+    if not isinstance(padding, str):
+        return (padding[0], padding[1])
+    # "same" needs stride 1, where PyTorch's rule and TensorFlow's agree.
+    return "same" if padding == "same" else (0, 0)
+
+
+def call_refusal(op: str, input: Tensor) -> str | None:
+    """Why a call on ``input`` goes to the stock forward.
+
+    Raises:
+        RuntimeError: the backend that ``use_backend`` demands cannot take the call.
+    """
+    if not isinstance(input, Tensor):
+        return f"input is a {type(input).__name__}, not a Tensor"
+    if input.ndim != 4 or input.layout != torch.strided:
+        return "input is not a dense (N, C, H, W) tensor"
+    refusal = _tensor_refusal("input", input)
+    if refusal is not None:
+        return refusal
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit is tracing"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "an ONNX export is running"
+    if nn_module._has_any_global_hook():
+        return "hooks on all modules are registered"
+    if backends.select(op, input) == backends.EAGER:
+        return "no kernel backend takes the call"
+    return None
+
+
+def _tensor_refusal(name: str, tensor: Tensor) -> str | None:
+    # Wrapper subclasses (sharded, quantised) hold other tensors than the kernels would read.
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        return f"{name} is a {type(tensor).__name__}"
+    return None

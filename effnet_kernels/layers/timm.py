@@ -1,0 +1,171 @@
+"""Adapters for timm's blocks (timm 1.0.31). Importing this module imports timm.
+
+Each adapter is a subclass of its stock block with another ``forward``, and a stock block becomes
+one by having its class changed: children, parameters, ``state_dict`` and hooks stay where they are.
+In a block the depthwise convolution, its BN and its activation run on the fused op; the rest is
+called as before. In inference the expansion's BN and activation become the op's prologue, so that
+the expanded tensor is read once and never written normalised.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers import activations as timm_act
+from timm.layers import activations_me as timm_act_me
+from timm.layers.conv2d_same import Conv2dSame
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from torch import Tensor, nn
+
+from effnet_kernels.layers.adapter import Adapter
+from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
+from effnet_kernels.layers.eligibility import (
+    call_refusal,
+    conv_padding,
+    depthwise_conv_refusal,
+    module_refusal,
+)
+from effnet_kernels.ops import Prologue
+
+_OP = "depthwise_conv_bn_act"
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    timm_act.Swish: "silu",
+    timm_act_me.SwishMe: "silu",
+    nn.Hardswish: "hardswish",
+    timm_act.HardSwish: "hardswish",
+    timm_act_me.HardSwishMe: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    timm_act.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+    timm_act.HardSigmoid: "hardsigmoid",
+    timm_act_me.HardSigmoidMe: "hardsigmoid",
+}
+
+
+class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
+    """``InvertedResidual`` (MBConv) whose ``conv_dw`` and ``bn2`` run as one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        if not _takes(x, self.conv_dw, "bn2", self.bn2):
+            output: Tensor = super().forward(x)
+            return output
+        shortcut = x
+        if self.conv_s2d is not None:
+            x = self.conv_s2d(x)
+            x = self.bn_s2d(x)
+        x = self.conv_pw(x)
+        prologue = None
+        if torch.is_grad_enabled() or not _is_affine(self.bn1):
+            x = self.bn1(x)
+        else:
+            prologue = _prologue(self.bn1, x.dtype)
+        x = _depthwise(x, self.conv_dw, self.bn2, prologue)
+        x = self.aa(x)
+        x = self.se(x)
+        x = self.conv_pwl(x)
+        x = self.bn3(x)
+        if self.has_skip:
+            x = self.drop_path(x) + shortcut
+        return x
+
+
+class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
+    """``DepthwiseSeparableConv`` (MBConv without expansion), ``conv_dw`` and ``bn1`` as one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        if not _takes(x, self.conv_dw, "bn1", self.bn1):
+            output: Tensor = super().forward(x)
+            return output
+        shortcut = x
+        if self.conv_s2d is not None:
+            x = self.conv_s2d(x)
+            x = self.bn_s2d(x)
+        x = _depthwise(x, self.conv_dw, self.bn1, None)
+        x = self.aa(x)
+        x = self.se(x)
+        x = self.conv_pw(x)
+        x = self.bn2(x)
+        if self.has_skip:
+            x = self.drop_path(x) + shortcut
+        return x
+
+
+def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
+    return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
+
+
+def depthwise_refusal(conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> str | None:
+    """Why the op cannot stand in for a block's ``conv_dw`` and the BN after it, or None."""
+    if type(conv) is not nn.Conv2d and type(conv) is not Conv2dSame:
+        return f"conv_dw is a {type(conv).__name__}, not a Conv2d or Conv2dSame"
+    reason = depthwise_conv_refusal("conv_dw", conv) or _norm_act_refusal(bn_name, bn)
+    if reason is None and bn.num_features != conv.out_channels:
+        return f"{bn_name} has {bn.num_features} channels, conv_dw {conv.out_channels}"
+    return reason
+
+
+def _norm_act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
+    """Why ``norm`` is not BN and a known activation and nothing else."""
+    if type(norm) is not BatchNormAct2d:
+        return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
+    if type(norm.act) not in _ACTIVATIONS:
+        return f"{name}.act is a {type(norm.act).__name__}, which no kernel knows"
+    if type(norm.drop) is not nn.Identity:
+        return f"{name}.drop is a {type(norm.drop).__name__}"
+    return (
+        module_refusal(name, norm)
+        or module_refusal(f"{name}.act", norm.act)
+        or module_refusal(f"{name}.drop", norm.drop)
+    )
+
+
+def _is_affine(norm: BatchNormAct2d) -> bool:
+    """Whether ``norm`` is an affine map by running statistics, and a known activation."""
+    return (
+        not norm.training
+        and _norm_act_refusal("", norm) is None
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
+
+
+def _prologue(norm: BatchNormAct2d, dtype: torch.dtype) -> Prologue:
+    """``norm`` in inference as the op's prologue.
+
+    Computed at each call: a cache could not see weights changed through ``.data``.
+    """
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = norm.running_mean, norm.running_var
+    scale = torch.rsqrt(var.to(accumulator) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
+    return Prologue(scale, shift.to(accumulator), _ACTIVATIONS[type(norm.act)])
+
+
+def _depthwise(x: Tensor, conv: nn.Conv2d, bn: BatchNormAct2d, prologue: Prologue | None) -> Tensor:
+    padding = "same" if type(conv) is Conv2dSame else conv_padding(conv)
+    activation = _ACTIVATIONS[type(bn.act)]
+    output, _ = run_depthwise_conv_bn_act(x, conv, bn, activation, padding, prologue=prologue)
+    return output
+
+
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(
+        InvertedResidual,
+        FusedInvertedResidual,
+        lambda block: depthwise_refusal(block.conv_dw, "bn2", block.bn2),
+    ),
+    Adapter(
+        DepthwiseSeparableConv,
+        FusedDepthwiseSeparableConv,
+        lambda block: depthwise_refusal(block.conv_dw, "bn1", block.bn1),
+    ),
+)
