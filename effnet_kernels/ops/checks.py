@@ -89,7 +89,7 @@ def one_or_pair(argument: str, value: int | Sequence[int]) -> int:
 
 def requires_grad(*tensors: Tensor | None) -> bool:
     """Whether any of them does."""
-    for tensor in tensors:  # a loop: this runs on every call, and any() over a generator costs more
+    for tensor in tensors:  # noqa: SIM110 - on every call; any() over a generator costs more
         if tensor is not None and tensor.requires_grad:
             return True
     return False
