@@ -28,4 +28,7 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!) grad_bn_weight, Tensor(d!) grad_bn_bias, "
       "Tensor(e!)? grad_prologue_scale, Tensor(f!)? grad_prologue_shift) -> ()");
+  // The instruction set that the CPU kernels use, and those this processor has, best first.
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str");
 }

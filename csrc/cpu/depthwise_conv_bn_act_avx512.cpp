@@ -1,0 +1,8 @@
+#if defined(__x86_64__)
+#define EFFNET_TARGET_AVX512
+#include "target.h"
+
+#include "depthwise_conv_bn_act_kernels.h"
+
+EFFNET_TARGET_END
+#endif

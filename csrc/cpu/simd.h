@@ -1,0 +1,354 @@
+// Vectors of float for the instruction set of target.h, and the storage types they are loaded from
+// and rounded to (to nearest even). Simd<T> computes on tensors of T: in float32 for float, half and
+// bfloat16, in double for double (baseline only, a vector of one for gradcheck).
+//
+// A `partial` load or store touches the first n elements only; a partial load fills up with zeros.
+// Simd is the Math of epilogue.h. min and max return their first argument where it is NaN.
+#pragma once
+
+#include "../epilogue.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+namespace {
+
+struct half {
+  uint16_t bits;
+};
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+EFFNET_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// One element. float16 by way of the float32 with the same bits: its exponent is 112 too small, so
+// subnormals need nothing special; infinity and NaN do.
+EFFNET_INLINE float to_float(float x) { return x; }
+EFFNET_INLINE double to_float(double x) { return x; }
+EFFNET_INLINE float to_float(bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+EFFNET_INLINE float to_float(half x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7fffu;
+  const float magnitude = bit_cast<float>(rest << 13) * 0x1p112f;
+  const uint32_t bits = rest >= 0x7c00 ? 0x7f800000u | (rest & 0x3ffu) << 13 : bit_cast<uint32_t>(magnitude);
+  return bit_cast<float>(sign | bits);
+}
+
+template <class T>
+struct Round;
+template <>
+struct Round<float> {
+  static EFFNET_INLINE float from(float x) { return x; }
+};
+template <>
+struct Round<double> {
+  static EFFNET_INLINE double from(double x) { return x; }
+};
+template <>
+struct Round<bfloat16> {
+  static EFFNET_INLINE bfloat16 from(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  }
+};
+template <>
+struct Round<half> {
+  static EFFNET_INLINE half from(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), rest = bits & 0x7fffffffu;
+    uint32_t rounded;
+    if (rest > 0x7f800000u) {
+      rounded = 0x7e00;
+    } else if (rest >= 0x47800000u) {  // 2^16 and above
+      rounded = 0x7c00;
+    } else if (rest >= 0x38800000u) {  // a normal float16; rounding may carry into infinity
+      rounded = (rest - 0x38000000u + 0xfff + (rest >> 13 & 1)) >> 13;
+    } else {  // adding 1/2 leaves the rounded subnormal in the low bits
+      rounded = bit_cast<uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u;
+    }
+    return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | rounded)};
+  }
+};
+
+// exp(r) = 1 + r * P(r) for |r| <= log(2) / 2: relative error 9.2e-8, by minimax over that interval.
+constexpr float kExp[5] = {0.9999997019767761f, 0.4999914765357971f, 0.1666763722896576f,
+                           0.04189802333712578f, 0.008290297351777554f};
+// log(2) in two parts: the first has few enough bits that its product with an exponent is exact.
+constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+constexpr float kLog2e = 1.44269504088896341f;
+// Adding it to a small number rounds that to an integer, found in the low bits.
+constexpr float kRound = 0x1.8p23f;
+// sigmoid(x) is 0 to float32 below the first and 1 above the second.
+constexpr float kSigmoidZero = -87.3f, kSigmoidOne = 30.f;
+
+#if defined(EFFNET_TARGET_AVX512)
+
+struct FloatSimd {
+  using V = __m512;
+  using Scalar = float;
+  static constexpr int lanes = 16;
+  static constexpr int registers = 32;
+
+  static EFFNET_INLINE V set(float x) { return _mm512_set1_ps(x); }
+  static EFFNET_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static EFFNET_INLINE V min(V a, V b) { return _mm512_min_ps(b, a); }
+  static EFFNET_INLINE V max(V a, V b) { return _mm512_max_ps(b, a); }
+  static EFFNET_INLINE V if_positive(V x, V y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), y);
+  }
+
+  // 1 / (1 + exp(-x)); the quotient by one Newton step from a 14-bit estimate.
+  static EFFNET_INLINE V sigmoid(V x) {
+    const V y = min(x, set(kSigmoidOne));
+    const V n = fma(y, set(-kLog2e), set(kRound)) - set(kRound);
+    V r = _mm512_fnmadd_ps(n, set(kLog2High), -y);
+    r = _mm512_fnmadd_ps(n, set(kLog2Low), r);
+    V p = fma(set(kExp[4]), r, set(kExp[3]));
+    p = fma(p, r, set(kExp[2]));
+    p = fma(p, r, set(kExp[1]));
+    p = fma(p, r, set(kExp[0]));
+    p = fma(p, r, set(1.f));
+    const V d = _mm512_scalef_ps(p, n) + set(1.f);
+    const V q = _mm512_rcp14_ps(d);
+    const __mmask16 nonzero = _mm512_cmp_ps_mask(x, set(kSigmoidZero), _CMP_NLE_UQ);
+    return _mm512_maskz_fmadd_ps(nonzero, q, _mm512_fnmadd_ps(d, q, set(1.f)), q);
+  }
+
+  static EFFNET_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+  static EFFNET_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+  static EFFNET_INLINE V load_partial(const float* p, int n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+  }
+  static EFFNET_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+  static EFFNET_INLINE void store_partial(float* p, V x, int n) {
+    _mm512_mask_storeu_ps(p, first(n), x);
+  }
+
+  static EFFNET_INLINE V widen(half, __m256i x) { return _mm512_cvtph_ps(x); }
+  static EFFNET_INLINE V widen(bfloat16, __m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static EFFNET_INLINE __m256i narrow(half, V x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static EFFNET_INLINE __m256i narrow(bfloat16, V x) {
+#if defined(EFFNET_TARGET_AVX512BF16)
+    return bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+#endif
+  }
+  template <class T>
+  static EFFNET_INLINE V load(const T* p) {
+    return widen(T{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  template <class T>
+  static EFFNET_INLINE V load_partial(const T* p, int n) {
+    return widen(T{}, _mm256_maskz_loadu_epi16(first(n), p));
+  }
+  template <class T>
+  static EFFNET_INLINE void store(T* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, x));
+  }
+  template <class T>
+  static EFFNET_INLINE void store_partial(T* p, V x, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow(T{}, x));
+  }
+};
+
+#elif defined(EFFNET_TARGET_AVX2)
+
+struct FloatSimd {
+  using V = __m256;
+  using Scalar = float;
+  static constexpr int lanes = 8;
+  static constexpr int registers = 16;
+
+  static EFFNET_INLINE V set(float x) { return _mm256_set1_ps(x); }
+  static EFFNET_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static EFFNET_INLINE V min(V a, V b) { return _mm256_min_ps(b, a); }
+  static EFFNET_INLINE V max(V a, V b) { return _mm256_max_ps(b, a); }
+  static EFFNET_INLINE V if_positive(V x, V y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ), y);
+  }
+
+  static EFFNET_INLINE V sigmoid(V x) {
+    const V y = max(min(x, set(kSigmoidOne)), set(kSigmoidZero));
+    const V biased = fma(y, set(-kLog2e), set(kRound));
+    const V n = biased - set(kRound);
+    V r = _mm256_fnmadd_ps(n, set(kLog2High), -y);
+    r = _mm256_fnmadd_ps(n, set(kLog2Low), r);
+    V p = fma(set(kExp[4]), r, set(kExp[3]));
+    p = fma(p, r, set(kExp[2]));
+    p = fma(p, r, set(kExp[1]));
+    p = fma(p, r, set(kExp[0]));
+    p = fma(p, r, set(1.f));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
+    const V e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+    const V s = set(1.f) / (set(1.f) + e);
+    // The exponent's addition may have turned a NaN into a number.
+    const V nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_or_ps(_mm256_and_ps(_mm256_cmp_ps(x, set(kSigmoidZero), _CMP_NLE_UQ), s), nan);
+  }
+
+  static EFFNET_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+
+  static EFFNET_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+  static EFFNET_INLINE V load_partial(const float* p, int n) {
+    return _mm256_maskload_ps(p, first(n));
+  }
+  static EFFNET_INLINE void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+  static EFFNET_INLINE void store_partial(float* p, V x, int n) {
+    _mm256_maskstore_ps(p, first(n), x);
+  }
+
+  static EFFNET_INLINE V widen(half, __m128i x) { return _mm256_cvtph_ps(x); }
+  static EFFNET_INLINE V widen(bfloat16, __m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static EFFNET_INLINE __m128i narrow(half, V x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static EFFNET_INLINE __m128i narrow(bfloat16, V x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+  template <class T>
+  static EFFNET_INLINE V load(const T* p) {
+    return widen(T{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <class T>
+  static EFFNET_INLINE V load_partial(const T* p, int n) {
+    T t[lanes] = {};
+    std::memcpy(t, p, n * sizeof(T));
+    return load(t);
+  }
+  template <class T>
+  static EFFNET_INLINE void store(T* p, V x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(T{}, x));
+  }
+  template <class T>
+  static EFFNET_INLINE void store_partial(T* p, V x, int n) {
+    T t[lanes];
+    store(t, x);
+    std::memcpy(p, t, n * sizeof(T));
+  }
+};
+
+#else
+
+// The compiler's own vectors: SSE2, NEON, or whatever there is.
+struct FloatSimd {
+  using V = float __attribute__((vector_size(16)));
+  using Scalar = float;
+  static constexpr int lanes = 4;
+  static constexpr int registers = 16;
+
+  static EFFNET_INLINE V set(float x) { return V{x, x, x, x}; }
+  static EFFNET_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static EFFNET_INLINE V min(V a, V b) { return b < a ? b : a; }
+  static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
+  static EFFNET_INLINE V if_positive(V x, V y) { return x > set(0.f) ? y : set(0.f); }
+
+  static EFFNET_INLINE V sigmoid(V x) {
+    using I = int32_t __attribute__((vector_size(16)));
+    const V y = max(min(x, set(kSigmoidOne)), set(kSigmoidZero));
+    const V biased = y * set(-kLog2e) + set(kRound);
+    const V n = biased - set(kRound);
+    const V r = (-y - n * set(kLog2High)) - n * set(kLog2Low);
+    V p = fma(set(kExp[4]), r, set(kExp[3]));
+    p = fma(p, r, set(kExp[2]));
+    p = fma(p, r, set(kExp[1]));
+    p = fma(p, r, set(kExp[0]));
+    p = fma(p, r, set(1.f));
+    const V e = (V)((I)p + ((I)biased << 23));
+    const V s = set(1.f) / (set(1.f) + e);
+    return x == x ? (x > set(kSigmoidZero) ? s : set(0.f)) : x;
+  }
+
+  static EFFNET_INLINE V load(const float* p) {
+    V x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static EFFNET_INLINE void store(float* p, V x) { std::memcpy(p, &x, sizeof(x)); }
+  template <class T>
+  static EFFNET_INLINE V load(const T* p) {
+    return V{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  template <class T>
+  static EFFNET_INLINE void store(T* p, V x) {
+    for (int i = 0; i < lanes; ++i) p[i] = Round<T>::from(x[i]);
+  }
+  template <class T>
+  static EFFNET_INLINE V load_partial(const T* p, int n) {
+    T t[lanes] = {};
+    std::memcpy(t, p, n * sizeof(T));
+    return load(t);
+  }
+  template <class T>
+  static EFFNET_INLINE void store_partial(T* p, V x, int n) {
+    T t[lanes];
+    store(t, x);
+    std::memcpy(p, t, n * sizeof(T));
+  }
+};
+
+struct DoubleSimd {
+  using V = double;
+  using Scalar = double;
+  static constexpr int lanes = 1;
+  static constexpr int registers = 16;
+
+  static EFFNET_INLINE V set(double x) { return x; }
+  static EFFNET_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static EFFNET_INLINE V min(V a, V b) { return b < a ? b : a; }
+  static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
+  static EFFNET_INLINE V if_positive(V x, V y) { return x > 0 ? y : 0; }
+  static EFFNET_INLINE V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
+  static EFFNET_INLINE V load(const double* p) { return *p; }
+  static EFFNET_INLINE V load_partial(const double* p, int) { return *p; }
+  static EFFNET_INLINE void store(double* p, V x) { *p = x; }
+  static EFFNET_INLINE void store_partial(double* p, V x, int) { *p = x; }
+};
+
+#endif
+
+template <class T>
+struct SimdOf {
+  using type = FloatSimd;
+};
+#if defined(EFFNET_TARGET_BASELINE)
+template <>
+struct SimdOf<double> {
+  using type = DoubleSimd;
+};
+#endif
+template <class T>
+using Simd = typename SimdOf<T>::type;
+
+}  // namespace
+}  // namespace EFFNET_ISA
+}  // namespace effnet
