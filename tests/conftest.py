@@ -14,27 +14,10 @@ os.environ.pop("EFFNET_KERNELS_DISABLE", None)
 from collections.abc import Iterator
 
 import pytest
+import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
 from devices import device_of
 
 from effnet_kernels import backends
-
-
-def _declare_torchvision_ops() -> None:
-    """Lets timm, and so torchvision, be imported where torchvision's library does not load.
-
-    The wheel on PyPI is a CUDA build. Beside a CPU build of torch its ops are missing, which its
-    import tolerates but for the two that it gives fakes by name. No model here calls them.
-    """
-    if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-
-
-_libraries: list[torch.library.Library] = []
-_declare_torchvision_ops()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

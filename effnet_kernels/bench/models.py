@@ -1,0 +1,232 @@
+"""timm's models, stock and converted, beside ``torch.compile``: inference and training steps."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import effnet_kernels
+from effnet_kernels import backends
+from effnet_kernels.bench import environment, peers, timing
+from effnet_kernels.bench.results import BASELINE, Row
+from effnet_kernels.bench.timing import Contender
+
+NAME = "models-efficientnet"
+MODES = ("inference", "training")
+"""A forward pass in evaluation mode; forward, cross-entropy and backward in training mode."""
+PEERS = (BASELINE, "eager-nchw", *peers.COMPILED)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One model at one resolution, batch, dtype and mode.
+
+    In training, float16 and bfloat16 mean autocast over float32 parameters.
+    """
+
+    model: str
+    resolution: int
+    batch: int
+    dtype: torch.dtype
+    mode: str
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.model} at {self.resolution} batch {self.batch} {dtype} {self.mode}"
+
+    @property
+    def training(self) -> bool:
+        """Forward and backward, instead of inference."""
+        return self.mode == "training"
+
+
+def create(name: str) -> nn.Module:
+    """timm's model ``name``, with seeded weights and plausible BN statistics.
+
+    A fresh model's running statistics are those of no data, and its activations shrink layer by
+    layer; two passes over random images in training mode give them the scale that trained ones
+    have.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"model: timm has no {name!r}")
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average
+        norm.reset_running_stats()
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(4, 3, 128, 128))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+@dataclass
+class Inputs:
+    """One set: images, and classes for training."""
+
+    images: Tensor
+    classes: Tensor
+
+    def to(self, convert: Callable[[Tensor], Tensor]) -> Inputs:
+        """The set with its images converted."""
+        return Inputs(convert(self.images), self.classes)
+
+
+def _caller(
+    model: Callable[[Tensor], Tensor], problem: Problem, parameters: Sequence[Tensor],
+    backend: str | None,
+) -> Callable[[Inputs], tuple[Tensor, ...]]:  # fmt: skip
+    autocast = problem.training and problem.dtype in (torch.float16, torch.bfloat16)
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        if backend is not None:
+            backends.set_backend(backend)
+        if not problem.training:
+            return (model(inputs.images),)
+        with torch.autocast(inputs.images.device.type, problem.dtype, enabled=autocast):
+            logits = model(inputs.images)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                               inputs.classes)  # fmt: skip
+        return logits, *torch.autograd.grad(loss, parameters)
+
+    return call
+
+
+def run(
+    problem: Problem,
+    device: torch.device,
+    *,
+    only: Sequence[str] | None = None,
+    kinds: Sequence[str] = ("warm",),
+    seconds: float = 10.0,
+) -> list[Row]:
+    """Every contender on one problem.
+
+    Args:
+        problem: what to run.
+        device: where.
+        only: contenders: of ``PEERS``, a backend's name, or a backend's name and ``+compile``; all
+            that can run unless given. The baseline always runs.
+        kinds: ``warm``, ``cold`` or both.
+        seconds: of sampling for each kind.
+    """
+    torch._dynamo.reset()
+    stock = create(problem.model).to(device)
+    low = problem.dtype if not problem.training else torch.float32
+    torch.manual_seed(1)
+    images = torch.randn(problem.batch, 3, problem.resolution, problem.resolution).to(device)
+    base = Inputs(images.to(low), torch.randint(0, 1000, (problem.batch,)).to(device))
+    sets = 1
+    if "cold" in kinds:
+        cache = environment.cache_bytes(device)
+        sets = timing.sets_for_cold(base.images.nbytes, cache, 1 << 30)
+    nchw = [base, *(base.to(Tensor.clone) for _ in range(sets - 1))]
+    channels_last = [
+        inputs.to(lambda t: t.contiguous(memory_format=torch.channels_last)) for inputs in nchw
+    ]
+
+    def fresh(layout: torch.memory_format = torch.channels_last) -> nn.Module:
+        model = copy.deepcopy(stock).to(dtype=low, memory_format=layout)  # type: ignore[call-overload]
+        return model.train(problem.training)  # type: ignore[no-any-return]
+
+    def caller(model: nn.Module, forward: Any = None, backend: str | None = None) -> Any:
+        return _caller(forward or model, problem, list(model.parameters()), backend)
+
+    def wanted(name: str) -> bool:
+        return only is None or name in only or name == BASELINE
+
+    def compile_of(model: nn.Module, mode: str) -> Any:
+        freezing = device.type == "cpu" and not problem.training
+        return peers.compiled(model, mode, freezing=freezing)
+
+    contenders = [Contender(BASELINE, caller(fresh()), channels_last)]
+    if wanted("eager-nchw"):
+        model = fresh(torch.contiguous_format)
+        contenders.append(Contender("eager-nchw", caller(model), nchw))
+    for name, mode in peers.COMPILED.items():
+        if wanted(name) and (device.type == "cuda" or mode == "default"):
+            model = fresh()
+            call = caller(model, compile_of(model, mode))
+            contenders.append(Contender(name, call, channels_last))
+    for backend in peers.our_backends(device, problem.dtype):
+        if wanted(backend):
+            model = effnet_kernels.convert(fresh())
+            contenders.append(Contender(backend, caller(model, None, backend), channels_last))
+        if wanted(f"{backend}+compile"):
+            model = effnet_kernels.convert(fresh())
+            call = caller(model, compile_of(model, "default"), backend)
+            contenders.append(Contender(f"{backend}+compile", call, channels_last))
+
+    def named(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        # One vector of all gradients, or a scalar parameter's rounding would decide.
+        gradients = [t.flatten().double() for t in tensors[1:]]
+        return {"logits": tensors[0], **({"grad": torch.cat(gradients)} if gradients else {})}
+
+    with torch.set_grad_enabled(problem.training), backends.use_backend(None):
+        exact_model = fresh().double()  # of the rounded parameters
+        exact = _caller(
+            exact_model, replace(problem, dtype=torch.float64), list(exact_model.parameters()), None
+        )(base.to(Tensor.double))
+        return peers.compare(
+            Row(
+                problem.model, f"{problem.resolution}x{problem.resolution}", problem.batch,
+                str(problem.dtype).removeprefix("torch."), problem.mode, "",
+            ),
+            contenders, named, named(exact), device, problem.dtype, kinds=kinds, seconds=seconds,
+        )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's own options."""
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME[@SIZE]",
+        default=["efficientnet_b0@224", "efficientnet_b4@380"],
+        help="timm's models, each at a resolution (default: efficientnet_b0@224 "
+        "efficientnet_b4@380; without @SIZE, the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both of them"
+    )
+
+
+def resolved(spelling: str) -> tuple[str, int]:
+    """``name@size`` as the name and the size; the model's own size where none is given.
+
+    Raises:
+        ValueError: the size is no number, or timm has no such model.
+    """
+    import timm
+
+    name, _, size = spelling.partition("@")
+    if not timm.is_model(name):
+        raise ValueError(f"--models: timm has no {name!r}")
+    if not size:
+        size = str(timm.get_pretrained_cfg(name).to_dict()["input_size"][-1])
+    if not size.isdigit() or int(size) < 1:
+        raise ValueError(f"--models: got size {size!r} of {name}, expected a number of pixels")
+    return name, int(size)
+
+
+def problems(arguments: argparse.Namespace) -> Iterator[Problem]:
+    """The problems that the options ask for."""
+    for name, size in [resolved(spelling) for spelling in arguments.models]:
+        for dtype in arguments.dtypes:
+            for mode in arguments.modes:
+                for batch in arguments.batch:
+                    yield Problem(name, size, batch, dtype, mode)
