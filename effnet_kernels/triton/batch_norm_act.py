@@ -6,7 +6,9 @@ one value a channel stay in its registers. Program ids run over the channel bloc
 that run together read neighbouring channels of the same pixels, whole cache lines between them.
 
 Sums over pixels never use atomics. Each program writes one partial row, and a second, small kernel
-adds the rows in a fixed order, so that results are the same bits every time.
+adds the rows in a fixed order, so that results are the same bits every time. A thread sums in
+float32; sums across threads are in float64, which costs nothing there and keeps the rounding of a
+whole sum to that of its threads'.
 """
 
 from __future__ import annotations
@@ -173,8 +175,8 @@ def batch_norm_act_grad_sums_kernel(
         sum_du_xhat += du * xhat
     p_row = p_partials + split.to(tl.int64) * C + o_c
     second = (tl.num_programs(0) // channel_blocks).to(tl.int64) * C
-    tl.store(p_row, tl.sum(sum_du_xhat, 0), mask=m_c)
-    tl.store(p_row + second, tl.sum(sum_du, 0), mask=m_c)
+    tl.store(p_row, tl.sum(sum_du_xhat.to(tl.float64), 0).to(tl.float32), mask=m_c)
+    tl.store(p_row + second, tl.sum(sum_du.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
 @triton.jit
@@ -280,7 +282,7 @@ def sum_partials_kernel(
         m_tile = (start + o_r < rows)[:, None] & m_m[None, :]
         o_tile = (start + o_r)[:, None].to(tl.int64) * columns + o_m[None, :]
         total += tl.load(p_partials + o_tile, mask=m_tile, other=0.0)
-    sums = tl.sum(total, 0)
+    sums = tl.sum(total.to(tl.float64), 0)
     if p_second is None:
         tl.store(p_first + o_m, sums.to(p_first.dtype.element_ty), mask=m_m)
     else:
@@ -292,7 +294,7 @@ def sum_partials_kernel(
 
 @triton.jit(do_not_specialize=["rows", "C"])
 def merge_statistics_kernel(
-    p_partials,  # means (rows, C), sums of squares (rows, C), counts (rows,): float32
+    p_partials,  # means (rows, C), M2 (rows, C), counts (rows,): float64
     p_mean,  # (C,)
     p_var,  # (C,)
     rows,
@@ -302,9 +304,9 @@ def merge_statistics_kernel(
 ):
     """Mean and biased variance of the union of ``rows`` samples of known count, mean and M2.
 
-    Chan's formula for many samples at once: M = sum(M2) + sum(count * (mean - union mean)^2). It
-    never subtracts large squares, so a mean far from zero costs no digits; float64 throughout,
-    which costs nothing here. One program for BLOCK_C channels, rows in a fixed order.
+    Chan's formula for many samples at once: M2 = sum(M2) + sum(count * (mean - union mean)^2). It
+    never subtracts large squares, so a mean far from zero costs no digits. One program for BLOCK_C
+    channels, rows in a fixed order.
     """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -317,9 +319,9 @@ def merge_statistics_kernel(
     for start in tl.range(0, rows, BLOCK_R):
         m_r = start + o_r < rows
         o_tile = (start + o_r)[:, None].to(tl.int64) * C + o_c[None, :]
-        n = tl.load(p_counts + start + o_r, mask=m_r, other=0.0).to(tl.float64)
+        n = tl.load(p_counts + start + o_r, mask=m_r, other=0.0)
         means = tl.load(p_partials + o_tile, mask=m_r[:, None] & m_c[None, :], other=0.0)
-        total += means.to(tl.float64) * n[:, None]
+        total += means * n[:, None]
         count += n
     pixels = tl.sum(count, 0)
     mean = tl.sum(total, 0) / pixels
@@ -329,9 +331,9 @@ def merge_statistics_kernel(
         m_r = start + o_r < rows
         m_tile = m_r[:, None] & m_c[None, :]
         o_tile = (start + o_r)[:, None].to(tl.int64) * C + o_c[None, :]
-        n = tl.load(p_counts + start + o_r, mask=m_r, other=0.0).to(tl.float64)
-        means = tl.load(p_partials + o_tile, mask=m_tile, other=0.0).to(tl.float64)
-        m2 = tl.load(p_m2 + o_tile, mask=m_tile, other=0.0).to(tl.float64)
+        n = tl.load(p_counts + start + o_r, mask=m_r, other=0.0)
+        means = tl.load(p_partials + o_tile, mask=m_tile, other=0.0)
+        m2 = tl.load(p_m2 + o_tile, mask=m_tile, other=0.0)
         distance = means - mean[None, :]
         squares += m2 + n[:, None] * distance * distance
     tl.store(p_mean + o_c, mean.to(tl.float32), mask=m_c)
@@ -488,7 +490,7 @@ def merge_statistics(partials: Tensor, rows: int, mean: Tensor, var: Tensor) -> 
     """Fills mean and biased var from (mean, M2, count) of ``rows`` samples of each channel.
 
     Args:
-        partials: float32, rows * (2 * C + 1) values: means (rows, C), M2 (rows, C), counts (rows,).
+        partials: float64, rows * (2 * C + 1) values: means (rows, C), M2 (rows, C), counts (rows,).
         rows: the number of samples.
         mean: (C,) float32.
         var: (C,) float32.

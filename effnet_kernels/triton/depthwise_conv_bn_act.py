@@ -67,9 +67,10 @@ from effnet_kernels.triton.launch import (
 
 
 @triton.jit
-def replace(values, INDEX: tl.constexpr, value):
-    """The tuple ``values`` with ``value`` at INDEX."""
-    return values[:INDEX] + (value,) + values[INDEX + 1 :]  # noqa: RUF005 (no unpacking in Triton)
+def add_product(sums, AT: tl.constexpr, x, factors, FACTOR: tl.constexpr):
+    """The tuple ``sums`` with x * factors[FACTOR] added to sums[AT]."""
+    new = sums[AT] + x * factors[FACTOR]
+    return sums[:AT] + (new,) + sums[AT + 1 :]  # noqa: RUF005 (no unpacking in Triton)
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def depthwise_conv_kernel(
     p_bn_bias,
     eps,
     p_conv,  # (N, OH, OW, C), or None
-    p_statistics,  # means, M2 (rows, C) each, counts (rows,): float32; or None
+    p_statistics,  # means, M2 (rows, C) each, counts (rows,): float64; or None
     p_output,  # (N, OH, OW, C), or None
     p_pooled,  # (splits, N, C) float32, or None
     H,
@@ -144,7 +145,9 @@ def depthwise_conv_kernel(
       Computed from the float32 conv, or from the stored one where p_conv is given.
     - p_conv: conv, rounded to its dtype.
     - p_statistics: one row a program of the mean of the float32 conv and the sum of squares about
-      it. Each tile's are exact two-pass sums; tiles are merged by Chan's formula.
+      it (M2). A tile's accumulators are still in registers when their mean is known, so its sums
+      are taken about a center close to it, where float32 is enough; Chan's formula merges the
+      tiles in float64.
 
     Tiles are numbered through the batch, down the columns of tiles of an image, then across them.
     Groups of group_tiles (an image each where there is pooling, else everything) are split into
@@ -171,9 +174,9 @@ def depthwise_conv_kernel(
         )
         scale = bn_weight * invstd
     pooled = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
-    count = tl.full([], 0.0, tl.float32)
-    union_mean = tl.zeros([BLOCK_C], tl.float32)
-    union_m2 = tl.zeros([BLOCK_C], tl.float32)
+    count = tl.full([], 0.0, tl.float64)
+    union_mean = tl.zeros([BLOCK_C], tl.float64)
+    union_m2 = tl.zeros([BLOCK_C], tl.float64)
 
     for tile in tl.range(first, last):
         image = (tile // image_tiles).to(tl.int64)
@@ -196,28 +199,31 @@ def depthwise_conv_kernel(
                     prologue_scale, prologue_shift, PROLOGUE, PROLOGUE_ACTIVATION,
                 )  # fmt: skip
                 for r in tl.static_range(ROWS):
-                    i: tl.constexpr = row - r * STRIDE
-                    if i >= 0 and i < KERNEL:
-                        accumulators = replace(accumulators, r, accumulators[r] + x * taps[i])
+                    if row - r * STRIDE >= 0 and row - r * STRIDE < KERNEL:
+                        accumulators = add_product(accumulators, r, x, taps, row - r * STRIDE)
 
         m_output = (o_w < OW)[:, None] & m_c[None, :]
         o_output = o_w[:, None].to(INDEX) * C + o_c[None, :]
         if p_statistics is not None:
-            tile_count = (tl.minimum(ROWS, OH - row0) * tl.minimum(BLOCK_W, OW - col0)).to(
-                tl.float32
-            )
+            tile_count = tl.minimum(ROWS, OH - row0) * tl.minimum(BLOCK_W, OW - col0)
+            tile_count = tile_count.to(tl.float32)
             total = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             for r in tl.static_range(ROWS):
                 total += tl.where(m_output & (row0 + r < OH), accumulators[r], 0.0)
-            tile_mean = tl.sum(total, 0) / tile_count
+            center = tl.sum(total, 0) / tile_count
+            residual = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             squares = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
             for r in tl.static_range(ROWS):
-                distance = accumulators[r] - tile_mean[None, :]
-                squares += tl.where(m_output & (row0 + r < OH), distance * distance, 0.0)
-            delta = tile_mean - union_mean
+                distance = accumulators[r] - center[None, :]
+                distance = tl.where(m_output & (row0 + r < OH), distance, 0.0)
+                residual += distance
+                squares += distance * distance
+            off_center = tl.sum(residual.to(tl.float64), 0) / tile_count
+            tile_m2 = tl.sum(squares.to(tl.float64), 0) - off_center * off_center * tile_count
+            delta = center + off_center - union_mean
             union = count + tile_count
             union_mean += delta * (tile_count / union)
-            union_m2 += tl.sum(squares, 0) + delta * delta * (count * (tile_count / union))
+            union_m2 += tile_m2 + delta * delta * (count * (tile_count / union))
             count = union
         for r in tl.static_range(ROWS):
             m_row = m_output & (row0 + r < OH)
@@ -365,10 +371,8 @@ def depthwise_conv_grad_weight_kernel(
                         prologue_scale, prologue_shift, PROLOGUE, PROLOGUE_ACTIVATION,
                     )  # fmt: skip
                     for m in tl.static_range(DEPTH):
-                        i: tl.constexpr = m * STRIDE + parity
-                        if i < KERNEL:
-                            tap: tl.constexpr = i * KERNEL + j
-                            sums = replace(sums, tap, sums[tap] + x * ring[m])
+                        if m * STRIDE + parity < KERNEL:
+                            sums = add_product(sums, (m * STRIDE + parity) * KERNEL + j, x, ring, m)
 
     p_row = p_partials + (split.to(tl.int64) * C + o_c) * (KERNEL * KERNEL)
     for tap in tl.static_range(KERNEL * KERNEL):
@@ -459,13 +463,10 @@ def depthwise_conv_grad_input_kernel(
                         other=0.0,
                     ).to(tl.float32)
                     for r in tl.static_range(ROWS):
-                        for parity in tl.static_range(STRIDE):
-                            m: tl.constexpr = r + (DEPTH - 1) - row
-                            i: tl.constexpr = m * STRIDE + parity
-                            if m >= 0 and i < KERNEL:
-                                k: tl.constexpr = r * STRIDE + parity
-                                accumulators = replace(
-                                    accumulators, k, accumulators[k] + grad_conv * taps[i]
+                        for i in tl.static_range(KERNEL):
+                            if r + (DEPTH - 1) - row == i // STRIDE:
+                                accumulators = add_product(
+                                    accumulators, r * STRIDE + i % STRIDE, grad_conv, taps, i
                                 )
 
             o_iw = o_b * STRIDE + (column_parity - pad_left)
@@ -488,8 +489,8 @@ def depthwise_conv_grad_input_kernel(
     if PROLOGUE:
         p_row = p_partials + split.to(tl.int64) * C + o_c
         second = (tl.num_programs(0) // channel_blocks).to(tl.int64) * C
-        tl.store(p_row, tl.sum(sum_dv_x, 0), mask=m_c)
-        tl.store(p_row + second, tl.sum(sum_dv, 0), mask=m_c)
+        tl.store(p_row, tl.sum(sum_dv_x.to(tl.float64), 0).to(tl.float32), mask=m_c)
+        tl.store(p_row + second, tl.sum(sum_dv.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
 # Warps a program, and what a thread holds of a tile's row in the kernels that keep a tile of rows.
@@ -713,7 +714,7 @@ def _convolve(
     rows = plan.groups * plan.splits
     partials = None
     if statistics is not None:
-        partials = torch.empty(rows * (2 * C + 1), dtype=torch.float32, device=input.device)
+        partials = torch.empty(rows * (2 * C + 1), dtype=torch.float64, device=input.device)
     depthwise_conv_kernel[plan.grid](
         input, filter_taps(weight), prologue_scale, prologue_shift,
         mean, var, bn_weight, bn_bias, eps, conv, partials, output, sums,

@@ -1,0 +1,257 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what they use.
+
+The launchers themselves run, on CPU tensors of shapes that models have, with a driver in place of
+CUDA's that names an architecture and with every launch stopped after compilation: what is compiled
+is what a user's first call compiles, specialised for the same arguments. It takes a process whose
+Triton is not interpreted, so this is a program:
+
+    python tests/triton/aot.py sm_90            # what every kernel uses, as JSON
+    python tests/triton/aot.py sm_90 --table    # the same, to read
+    python tests/triton/aot.py --write          # measures anew the budget in budget.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+BUDGET = Path(__file__).parent / "budget.json"
+REGISTERS_PER_SM = 65536
+WARPS_PER_SM = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the depthwise op, in the terms of ``csrc/ops.cpp``."""
+
+    mode: str
+    """inference, train, frozen (train with running statistics) or backward."""
+    dtype: str
+    channels: int
+    size: int
+    kernel: int
+    stride: int
+    prologue: bool = False
+    pool: bool = False
+
+    def __str__(self) -> str:
+        options = " prologue" * self.prologue + " pool" * self.pool
+        return (
+            f"{self.mode} {self.dtype} {self.channels}x{self.size}x{self.size} "
+            f"k{self.kernel}s{self.stride}{options}"
+        )
+
+
+# Layers of EfficientNet-B0 at 224, B4 at 380 and V2-S at 384, and what no model has but a user may.
+CASES = (
+    Case("inference", "bfloat16", 32, 112, 3, 1, pool=True),
+    Case("inference", "bfloat16", 96, 112, 3, 2, pool=True),
+    Case("inference", "bfloat16", 240, 28, 5, 1, pool=True),
+    Case("inference", "bfloat16", 144, 56, 5, 2, prologue=True),
+    Case("inference", "bfloat16", 1152, 7, 5, 1, pool=True),
+    Case("inference", "bfloat16", 144, 95, 3, 1, pool=True),
+    Case("inference", "bfloat16", 256, 48, 3, 2, pool=True),
+    Case("inference", "float16", 480, 14, 3, 1, prologue=True, pool=True),
+    Case("inference", "float32", 672, 14, 5, 1),
+    Case("inference", "bfloat16", 96, 14, 7, 1),
+    Case("inference", "float32", 96, 28, 7, 2, prologue=True),
+    Case("inference", "bfloat16", 13, 33, 3, 1),
+    Case("train", "bfloat16", 144, 56, 3, 1, pool=True),
+    Case("train", "float32", 240, 28, 5, 1, prologue=True),
+    Case("train", "bfloat16", 96, 14, 7, 2),
+    Case("frozen", "bfloat16", 672, 14, 5, 2, pool=True),
+    Case("backward", "bfloat16", 144, 56, 3, 1, pool=True),
+    Case("backward", "bfloat16", 96, 112, 3, 2, prologue=True),
+    Case("backward", "bfloat16", 1152, 7, 5, 1, prologue=True, pool=True),
+    Case("backward", "float16", 672, 14, 5, 2),
+    Case("backward", "float32", 240, 28, 5, 1),
+    Case("backward", "bfloat16", 96, 14, 7, 1, prologue=True),
+    Case("backward", "float32", 96, 28, 7, 2),
+)
+
+
+class Driver:
+    """What Triton asks of a driver before a kernel is loaded."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def call(case: Case) -> None:
+    """Runs the launcher of ``case`` on tensors whose values do not matter."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import depthwise_conv_bn_act as op
+
+    dtype = getattr(torch, case.dtype)
+    C, extent, k = case.channels, case.size, case.kernel
+    pad = k // 2
+    out = (extent + 2 * pad - k) // case.stride + 1
+
+    def image(size: int) -> torch.Tensor:
+        return torch.empty((2, C, size, size), dtype=dtype, memory_format=torch.channels_last)
+
+    def vector() -> torch.Tensor:
+        return torch.empty(C)
+
+    x, y, weight = image(extent), image(out), torch.empty(C, 1, k, k, dtype=dtype)
+    silu = Activation.silu
+    prologue = (vector(), vector(), silu) if case.prologue else (None, None, Activation.identity)
+    pooled = torch.empty(2, C) if case.pool else None
+    geometry = (case.stride, pad, pad)
+    if case.mode == "inference":
+        op.depthwise_conv_bn_act_out(
+            x, weight, vector(), vector(), vector(), vector(), 1e-3, *geometry, silu, *prologue,
+            y, pooled,
+        )  # fmt: skip
+    elif case.mode in ("train", "frozen"):
+        op.depthwise_conv_bn_act_train_out(
+            x, weight, vector(), vector(), 1e-3, *geometry, silu, *prologue, case.mode == "train",
+            image(out), vector(), vector(), y, pooled,
+        )  # fmt: skip
+    else:
+        prologue_grads = (vector(), vector()) if case.prologue else (None, None)
+        op.depthwise_conv_bn_act_backward_out(
+            y, pooled, image(out), vector(), vector(), vector(), vector(), 1e-3, silu, True,
+            x, weight, *geometry, *prologue, image(extent), torch.empty_like(weight),
+            vector(), vector(), *prologue_grads,
+        )  # fmt: skip
+
+
+def cuobjdump(cubin: bytes, *options: str) -> str:
+    """What Triton's own cuobjdump says of ``cubin``."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run(
+            [tool, *options, file.name], capture_output=True, text=True, check=True
+        )
+    return run.stdout
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and load instructions of a compiled kernel."""
+    cubin = kernel.asm["cubin"]
+    found = re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(cubin, "--dump-resource-usage")
+    )
+    assert found is not None
+    loads: dict[str, int] = {}
+    for width in re.findall(r"\bLDG\.E(?:\.CONSTANT)?(\.\w+)?", cuobjdump(cubin, "-sass")):
+        loads[width.strip(".") or "32"] = loads.get(width.strip(".") or "32", 0) + 1
+    return {
+        "registers": int(found[1]),
+        "spilled": int(found[2]) + int(found[3]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "loads": dict(sorted(loads.items())),
+    }
+
+
+def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
+    """What each kernel of each case uses, by "case: kernel"; the same kernel is compiled once."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+
+    driver.set_active(Driver(int(architecture.removeprefix("sm_"))))
+    JITFunction.run = compile_only
+    results: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for case in CASES:
+        compiled.clear()
+        call(case)
+        for name, kernel in compiled:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                results[f"{case}: {name}"] = usage(kernel)
+    return results
+
+
+def in_processes(architectures: tuple[str, ...]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``compile_all`` of each architecture, each in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    processes = {
+        architecture: subprocess.Popen(
+            [sys.executable, __file__, architecture],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for architecture in architectures
+    }
+    results = {}
+    for architecture, process in processes.items():
+        output, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{__file__} {architecture} failed with {process.returncode}")
+        results[architecture] = json.loads(output)
+    return results
+
+
+def occupancy(used: dict[str, Any]) -> float:
+    """The part of a multiprocessor's warps that its registers let be resident."""
+    registers = -(-used["registers"] // 8) * 8 * 32 * used["warps"]
+    return min(REGISTERS_PER_SM // registers * used["warps"], WARPS_PER_SM) / WARPS_PER_SM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("architecture", nargs="?", choices=ARCHITECTURES)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.write:
+        budget = {
+            architecture: {
+                kernel: {key: used[key] for key in ("registers", "spilled", "shared")}
+                for kernel, used in results.items()
+            }
+            for architecture, results in in_processes(ARCHITECTURES).items()
+        }
+        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        return
+    results = compile_all(arguments.architecture)
+    if not arguments.table:
+        print(json.dumps(results))
+        return
+    print("registers  spilled  shared  occupancy  loads")
+    for kernel, used in results.items():
+        print(
+            f"{used['registers']:9}  {used['spilled']:7}  {used['shared']:6}  "
+            f"{occupancy(used):9.0%}  {used['loads']}  {kernel}"
+        )
+
+
+if __name__ == "__main__":
+    main()
