@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"],
-        help="default: float32 bfloat16",
+        metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: float32 bfloat16)",
     )  # fmt: skip
     parser.add_argument(
         "--only", nargs="+", metavar="CONTENDER",
@@ -41,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
         "can run, without compile-max, which tunes for minutes)",
     )  # fmt: skip
     parser.add_argument(
-        "--caches", nargs="+", choices=("warm", "cold"),
+        "--caches", nargs="+", choices=("warm", "cold"), metavar="KIND",
         default=["warm", "cold"] if suite is depthwise_conv_bn_act else ["warm"],
-        help="cold: every call finds its input in memory, not in a cache",
+        help="of warm and cold; cold: every call finds its input in memory, not in a cache "
+        f"(default: {'warm cold' if suite is depthwise_conv_bn_act else 'warm'})",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=seconds, metavar="S",
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs a suite as its parsed options say.
 
     Returns:
-        The exit status: 1 where a row of ours is wrong or failed, else 0.
+        The exit status: 1 where a row of ours is wrong or failed, or the run was interrupted.
 
     Raises:
         report.MissingExtraError: rich or matplotlib is not installed.
@@ -121,13 +122,19 @@ def run(arguments: argparse.Namespace) -> int:
         transient=True,
     ) as progress:
         task = progress.add_task("", total=len(problems))
-        for problem in problems:
-            progress.update(task, description=str(problem))
-            results.rows += suite.run(
-                problem, device, only=only, kinds=arguments.caches, seconds=arguments.seconds
-            )
-            results.write(path)  # what is measured is kept, whatever happens next
-            progress.advance(task)
+        done = 0
+        try:
+            for problem in problems:
+                progress.update(task, description=str(problem))
+                match = suite.match(problem, device, only=only, cold="cold" in arguments.caches)
+                results.rows += match.run(kinds=arguments.caches, seconds=arguments.seconds)
+                results.write(path)  # what is measured is kept, whatever happens next
+                done += 1
+                progress.advance(task)
+        except KeyboardInterrupt:
+            console.print(f"[yellow]interrupted: {done} of {len(problems)} problems measured[/]")
+    if not results.rows:
+        return 1
     if not arguments.quiet:
         report.print_rows(results, console)
     report.print_groups(results, console)
@@ -141,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"[red]{row.contender} on {row.case} {row.dtype} {row.mode}[/]: "
             + report.extra("rich.markup").escape(reason)
         )
-    return 1 if bad else 0
+    return 1 if bad or done < len(problems) else 0
 
 
 def _contenders(suite: Any, device: torch.device) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effnet_kernels import backends
 from effnet_kernels.bench import environment, peers, shapes, timing
+from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
 from effnet_kernels.bench.shapes import Depthwise
 from effnet_kernels.bench.timing import Contender
@@ -160,12 +161,15 @@ def _inputs(problem: Problem, device: torch.device) -> Inputs:
 
 
 def _caller(
-    forward: Callable[[Tensor], Any], parameters: Sequence[Tensor], backend: str | None
+    block: Block, backend: str | None, forward: Callable[[Tensor], Any] | None = None
 ) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    run = forward or block
+    parameters = (block.weight, block.bn_weight, block.bn_bias)
+
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         if backend is not None:
             backends.set_backend(backend)
-        outputs: tuple[Tensor, ...] = forward(inputs.image)
+        outputs: tuple[Tensor, ...] = run(inputs.image)
         if inputs.grad_output is None:
             return outputs
         return *outputs, *torch.autograd.grad(
@@ -175,27 +179,21 @@ def _caller(
     return call
 
 
-def _parameters(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    return block.weight, block.bn_weight, block.bn_bias
-
-
-def run(
+def match(
     problem: Problem,
     device: torch.device,
     *,
     only: Sequence[str] | None = None,
-    kinds: Sequence[str] = ("warm", "cold"),
-    seconds: float = 1.0,
-) -> list[Row]:
-    """Every contender on one problem.
+    cold: bool = False,
+) -> Match:
+    """The contenders on one problem.
 
     Args:
         problem: what to run.
         device: where.
         only: contenders, of ``PEERS`` and the names of backends; all that can run unless given.
-            The baseline always runs.
-        kinds: ``warm``, ``cold`` or both.
-        seconds: of sampling for each kind.
+            The baseline is always among them.
+        cold: prepare enough sets of inputs for cold caches.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -204,7 +202,7 @@ def run(
     ours.fold()
     base = _inputs(problem, device)
     sets = 1
-    if "cold" in kinds:
+    if cold:
         s = problem.shape
         pixels = s.size**2 + s.output_size**2
         sets = timing.sets_for_cold(
@@ -217,52 +215,48 @@ def run(
     def wanted(name: str) -> bool:
         return only is None or name in only or name == BASELINE
 
-    contenders = [Contender(BASELINE, _caller(theirs, _parameters(theirs), None), channels_last)]
+    contenders = [Contender(BASELINE, _caller(theirs, None), channels_last)]
     if wanted("eager-nchw"):
-        nchw = [inputs.to(torch.Tensor.contiguous) for inputs in channels_last]
-        contenders.append(Contender("eager-nchw", contenders[0].call, nchw))
+        nchw = [inputs.to(Tensor.contiguous) for inputs in channels_last]
+        contenders.append(Contender("eager-nchw", _caller(theirs, None), nchw))
     for name, mode in peers.COMPILED.items():
         if wanted(name) and (device.type == "cuda" or mode == "default"):
             freezing = device.type == "cpu" and not problem.training
             forward = peers.compiled(theirs, mode, freezing=freezing)
-            call = _caller(forward, _parameters(theirs), None)
-            contenders.append(Contender(name, call, channels_last))
+            contenders.append(Contender(name, _caller(theirs, None, forward), channels_last))
     for name in peers.our_backends(device, problem.dtype):
         if wanted(name):
-            contenders.append(
-                Contender(name, _caller(ours, _parameters(ours), name), channels_last)
-            )
+            contenders.append(Contender(name, _caller(ours, name), channels_last))
 
-    with torch.set_grad_enabled(problem.training), backends.use_backend(None):
-        exact_block = Block(problem, device).double()
-        exact_block.load_state_dict(theirs.state_dict())
-        exact = _caller(exact_block, _parameters(exact_block), None)(base.to(Tensor.double))
+    def named(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        if problem.training:
+            names = ("output", "grad_input", "grad_weight", "grad_bn_weight", "grad_bn_bias")
+            return dict(zip(names, tensors, strict=True))
+        return dict(zip(("output", "pooled"), tensors, strict=False))
 
-        def named(tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-            if problem.training:
-                names = ("output", "grad_input", "grad_weight", "grad_bn_weight", "grad_bn_bias")
-                return dict(zip(names, tensors, strict=True))
-            return dict(zip(("output", "pooled"), tensors, strict=False))
-
-        return peers.compare(
-            Row(
-                problem.shape.model, str(problem.shape), problem.batch,
-                str(problem.dtype).removeprefix("torch."), problem.mode, "",
-                count=problem.shape.count, bytes=problem.bytes, flops=problem.flops,
-            ),
-            contenders, named, named(exact), device, problem.dtype, kinds=kinds, seconds=seconds,
-        )  # fmt: skip
+    exact_block = Block(problem, device)
+    exact_block.load_state_dict(theirs.state_dict())
+    with torch.set_grad_enabled(problem.training):
+        exact = named(_caller(exact_block.double(), None)(base.to(Tensor.double)))
+    row = Row(
+        problem.shape.model, str(problem.shape), problem.batch,
+        str(problem.dtype).removeprefix("torch."), problem.mode, "",
+        count=problem.shape.count, bytes=problem.bytes, flops=problem.flops,
+    )  # fmt: skip
+    return Match(row, contenders, named, exact, device, problem.dtype, problem.training)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
     parser.add_argument(
         "--models", nargs="+", choices=shapes.MODELS, default=["efficientnet_b0"],
-        help="whose depthwise convolutions (default: efficientnet_b0)",
+        metavar="MODEL", help=f"whose depthwise convolutions, of {', '.join(shapes.MODELS)} "
+        "(default: efficientnet_b0)",
     )  # fmt: skip
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all of them"
-    )
+        "--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
+        help=f"of {', '.join(MODES)} (default: all)",
+    )  # fmt: skip
 
 
 def problems(arguments: argparse.Namespace) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import effnet_kernels
 from effnet_kernels import backends
 from effnet_kernels.bench import environment, peers, timing
+from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
 from effnet_kernels.bench.timing import Contender
 
@@ -50,10 +51,6 @@ class Problem:
 def create(name: str) -> nn.Module:
     """timm's model ``name``, with seeded weights and plausible BN statistics.
 
-    A fresh model's running statistics are those of no data, and its activations shrink layer by
-    layer; two passes over random images in training mode give them the scale that trained ones
-    have.
-
     Raises:
         ValueError: timm has no such model.
     """
@@ -62,18 +59,28 @@ def create(name: str) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"model: timm has no {name!r}")
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(name).train()
+    model: nn.Module = timm.create_model(name)
+    calibrate(model, [torch.randn(4, 3, 128, 128) for _ in range(2)])
+    return model.eval()
+
+
+def calibrate(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Sets the BN statistics of a model to those of some images.
+
+    A fresh model's are those of no data: its activations shrink layer by layer, to logits of
+    nothing but rounding.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the plain average
         norm.reset_running_stats()
+    model.train()
     with torch.no_grad():
-        for _ in range(2):
-            model(torch.randn(4, 3, 128, 128))
+        for images in batches:
+            model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return model.eval()
 
 
 @dataclass
@@ -108,32 +115,45 @@ def _caller(
     return call
 
 
-def run(
+def match(
     problem: Problem,
     device: torch.device,
     *,
     only: Sequence[str] | None = None,
-    kinds: Sequence[str] = ("warm",),
-    seconds: float = 10.0,
-) -> list[Row]:
-    """Every contender on one problem.
+    cold: bool = False,
+) -> Match:
+    """The contenders on one problem, with random images.
 
     Args:
         problem: what to run.
         device: where.
         only: contenders: of ``PEERS``, a backend's name, or a backend's name and ``+compile``; all
-            that can run unless given. The baseline always runs.
-        kinds: ``warm``, ``cold`` or both.
-        seconds: of sampling for each kind.
+            that can run unless given. The baseline is always among them.
+        cold: prepare enough sets of images for cold caches.
     """
-    torch._dynamo.reset()
-    stock = create(problem.model).to(device)
-    low = problem.dtype if not problem.training else torch.float32
+    stock = create(problem.model)
     torch.manual_seed(1)
-    images = torch.randn(problem.batch, 3, problem.resolution, problem.resolution).to(device)
-    base = Inputs(images.to(low), torch.randint(0, 1000, (problem.batch,)).to(device))
+    images = torch.randn(problem.batch, 3, problem.resolution, problem.resolution)
+    return match_on(stock, images, problem, device, only=only, cold=cold)
+
+
+def match_on(
+    stock: nn.Module,
+    images: Tensor,
+    problem: Problem,
+    device: torch.device,
+    *,
+    only: Sequence[str] | None = None,
+    cold: bool = False,
+) -> Match:
+    """``match`` with a model and images of the caller's; both stay as they are."""
+    torch._dynamo.reset()
+    stock = copy.deepcopy(stock).to(device)
+    low = problem.dtype if not problem.training else torch.float32
+    classes = torch.arange(problem.batch, device=device) % 1000
+    base = Inputs(images.to(device, low), classes)
     sets = 1
-    if "cold" in kinds:
+    if cold:
         cache = environment.cache_bytes(device)
         sets = timing.sets_for_cold(base.images.nbytes, cache, 1 << 30)
     nchw = [base, *(base.to(Tensor.clone) for _ in range(sets - 1))]
@@ -178,18 +198,17 @@ def run(
         gradients = [t.flatten().double() for t in tensors[1:]]
         return {"logits": tensors[0], **({"grad": torch.cat(gradients)} if gradients else {})}
 
-    with torch.set_grad_enabled(problem.training), backends.use_backend(None):
-        exact_model = fresh().double()  # of the rounded parameters
-        exact = _caller(
-            exact_model, replace(problem, dtype=torch.float64), list(exact_model.parameters()), None
-        )(base.to(Tensor.double))
-        return peers.compare(
-            Row(
-                problem.model, f"{problem.resolution}x{problem.resolution}", problem.batch,
-                str(problem.dtype).removeprefix("torch."), problem.mode, "",
-            ),
-            contenders, named, named(exact), device, problem.dtype, kinds=kinds, seconds=seconds,
-        )  # fmt: skip
+    exact_model = fresh().double()  # of the rounded parameters
+    exact_call = _caller(
+        exact_model, replace(problem, dtype=torch.float64), list(exact_model.parameters()), None
+    )
+    with torch.set_grad_enabled(problem.training):
+        exact = named(exact_call(base.to(Tensor.double)))
+    row = Row(
+        problem.model, f"{problem.resolution}x{problem.resolution}", problem.batch,
+        str(problem.dtype).removeprefix("torch."), problem.mode, "",
+    )  # fmt: skip
+    return Match(row, contenders, named, exact, device, problem.dtype, problem.training)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,8 +220,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "efficientnet_b4@380; without @SIZE, the model's own)",
     )  # fmt: skip
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both of them"
-    )
+        "--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
+        help=f"of {', '.join(MODES)} (default: both)",
+    )  # fmt: skip
 
 
 def resolved(spelling: str) -> tuple[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,53 +52,79 @@ def compiled(function: Callable[..., Any], mode: str, *, freezing: bool) -> Call
     return call
 
 
-def compare(
-    problem: Row,
-    contenders: Sequence[Contender],
-    named: Callable[[Any], Results],
-    exact: Results,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    kinds: Sequence[str],
-    seconds: float,
-) -> list[Row]:
-    """Checks the contenders against float64, then times in turns those that run.
+@dataclass
+class Match:
+    """Contenders on one problem.
 
-    Args:
+    Attributes:
         problem: what is common to the rows.
         contenders: one of them, ``results.BASELINE``, is the yardstick of error and time.
         named: a call's result as tensors by name.
         exact: the same tensors in float64.
         device: where they run.
         dtype: what one rounding is, which is always allowed.
-        kinds: ``warm``, ``cold`` or both.
-        seconds: of sampling for each kind.
+        training: whether the calls need gradients.
     """
-    rows, running = [], []
-    for contender in contenders:
-        row = dataclasses.replace(problem, contender=contender.name, errors={}, timings={})
-        rows.append(row)
+
+    problem: Row
+    contenders: Sequence[Contender]
+    named: Callable[[Any], Results]
+    exact: Results
+    device: torch.device
+    dtype: torch.dtype
+    training: bool
+
+    def check(self) -> list[Row]:
+        """Each contender's row with its error, without times; also compiles what is compiled."""
+        with self._calling():
+            rows = [self._checked(contender) for contender in self.contenders]
+        baseline = (r for r in rows if r.contender == results.BASELINE and r.failed is None)
+        yardstick = next(baseline, None)
+        for row in rows:
+            if row.failed is None and yardstick is not None:
+                row.excess = accuracy.excess(row.errors, yardstick.errors, self.dtype)
+        return rows
+
+    def run(self, *, kinds: Sequence[str], seconds: float) -> list[Row]:
+        """The rows with errors and times.
+
+        Args:
+            kinds: ``warm``, ``cold`` or both.
+            seconds: of sampling for each kind.
+        """
+        rows = self.check()
+        ran = {row.contender for row in rows if row.failed is None}
+        running = [c for c in self.contenders if c.name in ran]
+        for kind in kinds if running else ():
+            with self._calling():
+                measured = timing.measure(
+                    running, self.device, cold=kind == "cold", seconds=seconds
+                )
+            for row in rows:
+                if row.contender in measured:
+                    row.timings[kind] = measured[row.contender]
+        results.set_speedups(rows)
+        return rows
+
+    @contextlib.contextmanager
+    def _calling(self) -> Iterator[None]:
+        with torch.set_grad_enabled(self.training), backends.use_backend(None):
+            yield
+
+    def _checked(self, contender: Contender) -> Row:
+        row = dataclasses.replace(
+            self.problem, contender=contender.name, errors={}, timings={}, speedups={}
+        )
+
+        def call() -> Any:
+            return contender.call(contender.inputs[0])
+
         try:
-            contender.call(contender.inputs[0])
-            tensors = named(contender.call(contender.inputs[0]))
-            row.errors = {name: accuracy.errors(t, exact[name]) for name, t in tensors.items()}
-            row.peak_memory = timing.peak_memory(
-                lambda contender=contender: contender.call(contender.inputs[0]),  # type: ignore[misc]
-                device,
-            )
-            running.append(contender)
+            call()
+            tensors = self.named(call())
+            row.errors = {n: accuracy.errors(t, self.exact[n]) for n, t in tensors.items()}
+            row.peak_memory = timing.peak_memory(call, self.device)
         except Exception as error:  # a peer's failure is a result, and no reason to lose the rest
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             row.failed = f"{type(error).__name__}: {reason}"[:300]
-    yardstick = next((r.errors for r in rows if r.contender == results.BASELINE), {})
-    for row in rows:
-        if row.failed is None:
-            row.excess = accuracy.excess(row.errors, yardstick, dtype) if yardstick else 0.0
-    for kind in kinds:
-        measured = timing.measure(running, device, cold=kind == "cold", seconds=seconds)
-        for row in rows:
-            if row.contender in measured:
-                row.timings[kind] = measured[row.contender]
-    results.set_speedups(rows)
-    return rows
+        return row

@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# Builds, tests, checks and measures the kernels on a machine with an NVIDIA GPU, without a network.
+#
+#   benchmarks/gpu.sh                   everything, in less than 10 minutes
+#   benchmarks/gpu.sh build kernels     some parts of: build tests sanitize kernels models ncu
+#
+# A part that fails is reported and does not stop the others; the exit status is 1 if any did.
+# Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
+# compute-sanitizer, for ncu ncu. Logs, JSON and plots go to $OUT, or benchmarks/results/<device>.
+# KERNELS_ARGS and MODELS_ARGS replace the options of the two benchmarks.
+# shellcheck disable=SC2329  # the parts are called by name
+set -uo pipefail
+
+readonly PARTS=(build tests sanitize kernels models ncu)
+# Seconds; together with the start less than 10 minutes.
+declare -rA LIMITS=([build]=150 [tests]=100 [sanitize]=60 [kernels]=110 [models]=100 [ncu]=35)
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+export PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+
+usage() {
+  sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'
+}
+
+# Runs a command under the part's remaining time: an interrupt first, so that results are written.
+limited() {
+  timeout --signal=INT --kill-after=10 "$((PART_END - SECONDS > 1 ? PART_END - SECONDS : 1))" "$@"
+}
+
+need() {
+  command -v "$1" >/dev/null && return
+  echo "cannot: there is no $1 on the PATH"
+  return 1
+}
+
+part_build() {
+  need nvcc || return
+  export TORCH_CUDA_ARCH_LIST="$ARCH" MAX_JOBS="${MAX_JOBS:-16}" FORCE_CUDA=1
+  echo "building for compute capability $ARCH with $MAX_JOBS jobs"
+  limited python3 setup.py build_ext --inplace || return
+  limited python3 -m effnet_kernels info
+}
+
+part_tests() {
+  local parallel=()
+  if python3 -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi
+  limited python3 -m pytest tests/ops tests/layers tests/triton -m "" -q -p no:cacheprovider \
+    -k "not on_cpu" --durations=5 "${parallel[@]}"
+}
+
+part_sanitize() {
+  need compute-sanitizer || return
+  local tool status=0
+  # Every allocation by itself, or reads past a tensor's end would land in its neighbour.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck; do
+    echo "== $tool"
+    limited compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      python3 benchmarks/exercise.py small --backend cuda || status=$?
+  done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  return "$status"
+}
+
+part_kernels() {
+  local args=(--models efficientnet_b0 --modes inference training --dtypes bfloat16 --batch 128
+    --seconds 0.3)
+  if [[ -n ${KERNELS_ARGS:-} ]]; then read -ra args <<<"$KERNELS_ARGS"; fi
+  limited python3 benchmarks/kernels/depthwise_conv_bn_act.py --out "$OUT" "${args[@]}"
+}
+
+part_models() {
+  local args=(--models efficientnet_b0@224 --dtypes bfloat16 --batch 128 --seconds 2
+    --only eager-nchw compile cuda triton cuda+compile)
+  if [[ -n ${MODELS_ARGS:-} ]]; then read -ra args <<<"$MODELS_ARGS"; fi
+  limited python3 benchmarks/models/efficientnet.py --out "$OUT" "${args[@]}"
+}
+
+part_ncu() {
+  need ncu || return
+  limited ncu --clock-control none --kernel-name "regex:depthwise_conv|batch_norm_act|batch_statistics" --launch-count 60 \
+    --section SpeedOfLight --section LaunchStats --section Occupancy --csv --page details \
+    --log-file "$OUT/ncu.csv" python3 benchmarks/exercise.py model --backend cuda || return
+  python3 - "$OUT/ncu.csv" <<'PYTHON'
+import csv, sys
+
+lines = [line for line in open(sys.argv[1]) if line.startswith('"')]
+wanted = ("Duration", "DRAM Throughput", "Registers Per Thread", "Achieved Occupancy")
+kernels = {}
+for row in csv.DictReader(lines):
+    if row["Metric Name"] in wanted:
+        name = row["Kernel Name"].split("(")[0][:60]
+        kernels.setdefault((row["ID"], name), {})[row["Metric Name"]] = (
+            f"{row['Metric Value']} {row['Metric Unit']}"
+        )
+if not kernels:
+    sys.exit("ncu saw no kernel")
+for (_, name), metrics in kernels.items():
+    print(f"{name:60} " + "  ".join(f"{m}: {metrics.get(m, '-')}" for m in wanted))
+PYTHON
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  usage
+  exit 0
+fi
+selected=("$@")
+if [[ $# -eq 0 ]]; then selected=("${PARTS[@]}"); fi
+for part in "${selected[@]}"; do
+  if [[ -z ${LIMITS[$part]:-} ]]; then
+    echo "gpu.sh: there is no part '$part', only: ${PARTS[*]}" >&2
+    exit 2
+  fi
+done
+
+ARCH=$(python3 -c '
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(1)
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major >= 9 else ""))') || ARCH=""
+if [[ -n $ARCH ]]; then
+  slug=$(python3 -c 'import re, torch
+print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
+else
+  slug=no-gpu
+  echo "gpu.sh: PyTorch sees no GPU here: nothing can be built for it, tested or measured on it"
+fi
+OUT=${OUT:-benchmarks/results/$slug}
+mkdir -p "$OUT" || exit 2
+: >"$OUT/gpu.log"
+
+declare -A RESULTS TIMES
+failed=0
+for part in "${selected[@]}"; do
+  echo "=== $part (at most ${LIMITS[$part]} s)" | tee -a "$OUT/gpu.log"
+  began=$SECONDS
+  PART_END=$((SECONDS + LIMITS[$part]))
+  if [[ -z $ARCH ]]; then
+    echo "cannot: no GPU"
+    status=3
+  else
+    # A subshell, so that what a part exports ends with it.
+    ("part_$part") 2>&1 | tee -a "$OUT/gpu.log"
+    status=${PIPESTATUS[0]}
+  fi
+  TIMES[$part]=$((SECONDS - began))
+  case $status in
+    0) RESULTS[$part]=ok ;;
+    3) RESULTS[$part]="not run: no GPU" ;;
+    124 | 137) RESULTS[$part]="FAILED: out of time" ;;
+    *) RESULTS[$part]="FAILED: exit status $status" ;;
+  esac
+  if [[ $status -ne 0 ]]; then failed=1; fi
+done
+
+echo "=== summary of ${slug}, in $OUT"
+for part in "${selected[@]}"; do
+  printf '%-10s %5d s  %s\n' "$part" "${TIMES[$part]}" "${RESULTS[$part]}"
+done | tee -a "$OUT/gpu.log"
+exit "$failed"
