@@ -152,7 +152,7 @@ def copy_bandwidth(device: torch.device) -> float:
     size = (4 << 30) if device.type == "cuda" else (512 << 20)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).uniform_()
     target = torch.empty_like(source)
-    return 2 * size / _median_seconds(lambda: target.copy_(source), device, 9)
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device, 5)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

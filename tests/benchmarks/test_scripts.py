@@ -1,0 +1,79 @@
+"""The scripts of benchmarks/, as far as a machine without a GPU goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # The scripts' python3 is this one.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    return subprocess.run(
+        [str(word) for word in command], env={**env, **environment}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
+def test_gpu_script_says_what_it_cannot(tmp_path: Path) -> None:
+    """Without a GPU every part is reported as not run, and the status says so."""
+    result = run(BENCHMARKS / "gpu.sh", "build", "ncu", OUT=str(tmp_path))
+    assert result.returncode == 1
+    assert "PyTorch sees no GPU" in result.stdout
+    summary = result.stdout.splitlines()[-2:]
+    assert [line.split()[0] for line in summary] == ["build", "ncu"]
+    assert all("not run: no GPU" in line for line in summary)
+
+
+def test_gpu_script_knows_its_parts(tmp_path: Path) -> None:
+    """A part that does not exist is one line; --help lists those that do."""
+    result = run(BENCHMARKS / "gpu.sh", "bake", OUT=str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "no part 'bake', only: build tests" in result.stderr
+    result = run(BENCHMARKS / "gpu.sh", "--help")
+    assert result.returncode == 0
+    assert "build tests sanitize kernels models ncu" in result.stdout
+
+
+def test_roofline() -> None:
+    """The table of a model, with the ceilings given; a wrong name is one line."""
+    script = BENCHMARKS / "roofline.py"
+    result = run(
+        sys.executable, script, "efficientnet_b0", "--bandwidth", "4300", "--matmul", "790"
+    )
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+    assert lines["conv_fused"][2] == "41.59"
+    assert lines["mbconv"][2] == "13.95"
+    result = run(sys.executable, script, "efficentnet_b0")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "did you mean efficientnet_b0" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "corrupt", "mismatched", "corrupt.safetensors"])
+def test_demo_refuses_a_bad_checkpoint(kind: str, tmp_path: Path) -> None:
+    """One line that says what is wrong with the file."""
+    path = tmp_path / (f"{kind}.pth" if "." not in kind else kind)
+    words = "not a readable checkpoint"
+    if kind == "missing":
+        words = "no such file"
+    elif kind == "mismatched":
+        torch.save({"state_dict": {"fc.weight": torch.ones(2, 2)}}, path)
+        words = "not of efficientnet_b0: it lacks"
+    else:
+        path.write_bytes(b"this is no checkpoint")
+    result = run(sys.executable, BENCHMARKS / "demo.py", "--checkpoint", path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert words in result.stderr
