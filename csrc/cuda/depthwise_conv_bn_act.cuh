@@ -1,0 +1,880 @@
+// Depthwise convolution on dense NHWC tensors, forward and backward.
+//
+// Tile. A thread block takes 32 channels and a band of columns, and walks down the rows of one
+// image after another:
+//
+//        band of columns                 The rows that the next outputs read lie in shared memory
+//        as
+//      +-----+-----+-----+              float32, in a ring of kRows rows: columns x 32 channels
+//      each. | p0  | p1  | p2  | kPatchH      Every element is loaded (16 bytes a thread),
+//      converted, sent
+//      +-----+-----+-----+ rows a       through the prologue or the derivative of BN + activation,
+//      |     |     |     | step         and written there once; padding is written as zeros, so
+//      that
+//      +-----+-----+-----+              the convolution itself has no bounds to check.
+//       kPatchW columns a patch
+//
+// A thread owns one patch of kPatchH x 4 pixels and one or two channels (kLaneChannels) of the 32,
+// whose k * k weights it keeps in registers: an element read from shared memory meets up to
+// k * k multiply-adds, so that even 5 x 5 taps, which need 25 of the 27 instruction slots that a
+// bfloat16 output has at full memory bandwidth on an H200, have few others. While a step is
+// computed, the rows of the next one are on their way in registers.
+//
+// The number of instantiations is kept down to storage type x vector width x k x stride for each of
+// the two kernels: what else varies (activation, prologue, pooled sums or statistics) is the same
+// for a whole launch and costs one predicted branch a vector or a patch.
+//
+// Vector width V is 16 bytes' worth of elements. Where C is no multiple of that or a pointer is not
+// aligned, the same templates run with V = 1.
+#pragma once
+
+#include "batch_norm_act.cuh"
+#include "vector.cuh"
+
+namespace effnet::cuda {
+
+constexpr int kBlockChannels = 32;
+constexpr int kMaxBlockThreads = 128;
+constexpr int kPatchW = 4;
+
+// How the work is cut into blocks, the same for both kernels: `rows` and `columns` below are those
+// of the tensor whose patches the threads own. Block index: channel block fastest (neighbours read
+// the same pixels), then band, then segment, then chunk of images.
+struct DepthwiseTiling {
+  int channel_blocks;
+  int patches;   // in a block, side by side: blockDim.x = patches * kLanes
+  int bands;     // of patches * kPatchW columns
+  int segments;  // of segment_rows rows each, a multiple of kPatchH
+  int segment_rows;
+  int64_t images;  // in a block, one after another
+  int64_t chunks;  // of images
+};
+
+// A block's place in a DepthwiseTiling.
+struct DepthwiseBlock {
+  int channel, band, segment;
+  int64_t chunk;
+
+  EFFNET_DEVICE explicit DepthwiseBlock(const DepthwiseTiling& tiling) {
+    int block = blockIdx.x;
+    channel = (block % tiling.channel_blocks) * kBlockChannels;
+    block /= tiling.channel_blocks;
+    band = block % tiling.bands;
+    block /= tiling.bands;
+    segment = block % tiling.segments;
+    chunk = block / tiling.segments;
+  }
+
+  // Of the per-block partial results.
+  EFFNET_DEVICE int64_t slot(const DepthwiseTiling& tiling) const {
+    return (chunk * tiling.segments + segment) * tiling.bands + band;
+  }
+};
+
+// Sizes that both kernels derive from the patch and the window that a patch reads.
+// kInFlight: registers for vectors on their way, per tensor that is staged.
+template <class T, int V, int kLaneChannels_, int kPatchH_, int kRows_, int kCols_, int kStepRows_,
+          int kStepCols_, int kInFlight>
+struct DepthwiseSizes {
+  static constexpr int kLaneChannels = kLaneChannels_;
+  static constexpr int kLanes = kBlockChannels / kLaneChannels;
+  static constexpr int kPatchH = kPatchH_;
+  static constexpr int kPatchPixels = kPatchH * kPatchW;
+  static constexpr int kPatchValues = kPatchPixels * kLaneChannels;
+  static constexpr int kRows = kRows_;          // of the window, and of the ring
+  static constexpr int kCols = kCols_;          // of the window
+  static constexpr int kStepRows = kStepRows_;  // the window moves down by
+  static constexpr int kStepCols = kStepCols_;  // from one patch's window to the next one's
+  static constexpr int kMaxPatches = kMaxBlockThreads / kLanes;
+  static constexpr int kVectors = kBlockChannels / V;
+  // Vectors that a thread has in flight: its share of a step for a wide band, in up to kInFlight
+  // registers.
+  static constexpr int kBatchWanted =
+      (kStepRows * kStepCols * kVectors * 5 + kLanes * 4 - 1) / (kLanes * 4);
+  static constexpr int kBatchMost = kInFlight * 4 / (V == 1 ? 4 : 16);
+  static constexpr int kBatch = kBatchWanted < kBatchMost ? kBatchWanted : kBatchMost;
+
+  static_assert(kStepRows <= kRows, "a step may not outrun the ring");
+  static_assert(V % kLaneChannels == 0, "threads of a block must be a multiple of kVectors");
+
+  static EFFNET_INLINE constexpr int columns(int patches) {
+    return (patches - 1) * kStepCols + kCols;
+  }
+  static EFFNET_INLINE constexpr int tile_floats(int patches) {
+    return kRows * columns(patches) * kBlockChannels;
+  }
+};
+
+template <class T, int V, int K, int S>
+struct ForwardSizes : DepthwiseSizes<T, V, (V == 1 || K > 3) ? 1 : 2, 4 / S, (4 / S - 1) * S + K,
+                                     (kPatchW - 1) * S + K, 4, kPatchW * S, V == 1 ? 8 : 32> {
+  using Base = typename ForwardSizes::DepthwiseSizes;
+  // Blocks on a multiprocessor: what the registers allow without spills.
+  static constexpr int kMinBlocks = V == 8 ? 4 : 3;
+  static constexpr int kPrologueFloats = 2 * kBlockChannels;
+
+  // Also the room for the weights before the walk and for the sums (3 a channel) after it.
+  static EFFNET_INLINE constexpr int tile_floats(int patches) {
+    const int tile = Base::tile_floats(patches);
+    const int weights = K * K * (kBlockChannels + 1);
+    const int sums = 3 * patches * kBlockChannels;
+    const int most = tile > weights ? tile : weights;
+    return ((most > sums ? most : sums) + 3) / 4 * 4;
+  }
+  static constexpr size_t shared_bytes(int patches) {
+    return (tile_floats(patches) + kPrologueFloats) * sizeof(float);
+  }
+};
+
+// Patches of the backward kernel lie on grad_input, its window on grad_conv.
+template <class T, int V, int K, int S>
+struct BackwardSizes
+    : DepthwiseSizes<T, V, 1, 2 * S, (2 * S - 1) / S + (K - 1) / S + 1,
+                     (kPatchW - 1) / S + (K - 1) / S + 1, 2, kPatchW / S, K == 3 ? 16 : 4> {
+  using Base = typename BackwardSizes::DepthwiseSizes;
+  static constexpr int kMinBlocks = K == 3 || (K == 5 && S == 1) ? 3 : 2;
+  static constexpr int kConstants = 6 * kBlockChannels;
+
+  static EFFNET_INLINE constexpr int tile_floats(int patches) {
+    const int tile = Base::tile_floats(patches);
+    const int weights = K * K * (kBlockChannels + 1);
+    const int sums = K * patches * kBlockChannels;
+    const int most = tile > weights ? tile : weights;
+    return ((most > sums ? most : sums) + 3) / 4 * 4;
+  }
+  static constexpr size_t shared_bytes(int patches) {
+    return (tile_floats(patches) + kConstants) * sizeof(float);
+  }
+};
+
+// Where the 32 channels of a pixel lie in shared memory. A thread that stages 8 channels writes two
+// float4; the first halves of all vectors come first and the second halves after them, so that
+// neighbouring threads write neighbouring float4 and no bank is hit twice.
+template <int V>
+EFFNET_DEVICE int position_of_channel(int channel) {
+  if constexpr (V == 8) {
+    return (channel & 4) * (kBlockChannels / 8) + (channel >> 3) * 4 + (channel & 3);
+  } else {
+    return channel;
+  }
+}
+
+template <int V>
+EFFNET_DEVICE int channel_at_position(int position) {
+  if constexpr (V == 8) {
+    const int half = position >> 4;
+    return ((position & 15) >> 2) * 8 + half * 4 + (position & 3);
+  } else {
+    return position;
+  }
+}
+
+// Channels of a pixel that are handled together between global and shared memory: a vector is
+// staged in parts of four, which holds half the registers of eight.
+template <int V>
+constexpr int kPart = V < 4 ? V : 4;
+
+// Where part `part` of vector `vector` of a pixel's channels begins.
+template <int V>
+EFFNET_DEVICE int part_position(int vector, int part) {
+  return part * (kBlockChannels / 2) + vector * kPart<V>;
+}
+
+template <int N>
+EFFNET_DEVICE Floats<N> load_shared(const float* p) {
+  Floats<N> x;
+  if constexpr (N == 4) {
+    const float4 quad = *reinterpret_cast<const float4*>(p);
+    x[0] = quad.x;
+    x[1] = quad.y;
+    x[2] = quad.z;
+    x[3] = quad.w;
+  } else if constexpr (N == 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(p);
+    x[0] = pair.x;
+    x[1] = pair.y;
+  } else {
+    x[0] = *p;
+  }
+  return x;
+}
+
+template <int N>
+EFFNET_DEVICE void store_shared(float* p, const Floats<N>& x) {
+  if constexpr (N == 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+  } else {
+    *p = x[0];
+  }
+}
+
+// Walks the window down: stages its first kRows rows, then computes each of `steps` steps while the
+// kStepRows rows of the next one are loaded.
+//   source.load(row, column) -> Raw      an element of the staged tensor, from global memory
+//   source.value(raw, part, row, column) the float32 values to keep, zero outside the image
+//   compute(step, head)                  head: the ring's row where the window starts
+// Ends with a barrier: the tile may be reused.
+template <class Sizes, int V, class Source, class Compute>
+EFFNET_DEVICE void walk_rows(float* tile, int columns, int steps, const Source& source,
+                             const Compute& compute) {
+  // A thread stages the same vector of channels of every stride-th pixel of the rows.
+  const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
+  const int first = static_cast<int>(threadIdx.x) / Sizes::kVectors;
+  const int stride = static_cast<int>(blockDim.x) / Sizes::kVectors;
+  const int first_row = first / columns, first_column = first % columns;
+  const int stride_rows = stride / columns, stride_columns = stride % columns;
+  const auto advance = [&](int& row, int& column) {
+    row += stride_rows;
+    column += stride_columns;
+    if (column >= columns) {
+      column -= columns;
+      ++row;
+    }
+  };
+
+  int head = 0;
+  for (int step = -1; step < steps; ++step) {
+    const int staged = step + 1 == steps ? 0 : step < 0 ? Sizes::kRows : Sizes::kStepRows;
+    const int origin = step < 0 ? 0 : Sizes::kRows + step * Sizes::kStepRows;
+    int load_row = first_row, load_column = first_column;
+    int store_row = first_row, store_column = first_column;
+    bool computed = false;
+    do {
+      typename Source::Raw raw[Sizes::kBatch];
+#pragma unroll
+      for (int i = 0; i < Sizes::kBatch; ++i) {
+        if (load_row < staged) raw[i] = source.load(origin + load_row, load_column);
+        advance(load_row, load_column);
+      }
+      if (!computed) {
+        computed = true;
+        if (step >= 0) compute(step, head);
+        __syncthreads();
+      }
+#pragma unroll
+      for (int i = 0; i < Sizes::kBatch; ++i) {
+        if (store_row < staged) {
+          int slot = head + store_row;
+          if (slot >= Sizes::kRows) slot -= Sizes::kRows;
+          float* pixel = tile + (slot * columns + store_column) * kBlockChannels;
+#pragma unroll
+          for (int part = 0; part < V / kPart<V>; ++part) {
+            store_shared(pixel + part_position<V>(vector, part),
+                         source.value(raw[i], part, origin + store_row, store_column));
+          }
+        }
+        advance(store_row, store_column);
+      }
+    } while (load_row < staged);
+    __syncthreads();
+    if (step >= 0) {
+      head += Sizes::kStepRows;
+      if (head >= Sizes::kRows) head -= Sizes::kRows;
+    }
+  }
+}
+
+// The weights of a thread's channels, as float32 in registers. They come through shared memory so
+// that global loads are contiguous; its row pitch of 33 keeps the transposed writes off one bank.
+template <int V, int K, int kLaneChannels, class T>
+EFFNET_DEVICE void load_weights(float (&w)[K * K][kLaneChannels], float* shared,
+                                const T* __restrict__ weight, int first_channel, int channels,
+                                int position) {
+  constexpr int kTaps = K * K;
+  constexpr int kPitch = kBlockChannels + 1;
+  const T* block = weight + static_cast<int64_t>(first_channel) * kTaps;
+  for (int i = threadIdx.x; i < kBlockChannels * kTaps; i += blockDim.x) {
+    const int channel = i / kTaps;
+    shared[(i % kTaps) * kPitch + position_of_channel<V>(channel)] =
+        first_channel + channel < channels ? to_float(block[i]) : 0.f;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+#pragma unroll
+    for (int l = 0; l < kLaneChannels; ++l) w[tap][l] = shared[tap * kPitch + position + l];
+  }
+  __syncthreads();
+}
+
+// Reads the convolution's input through the prologue.
+template <class T, int V>
+struct InputSource {
+  using Raw = Vector<T, V>;
+
+  const T* image;  // at this thread's vector of channels
+  int64_t row_stride, column_stride;
+  int in_h, in_w, first_h, first_w;
+  bool active, has_prologue;
+  const float* scale;  // of the block's channels, by position
+  const float* shift;
+  int vector;
+  Activation activation;
+
+  EFFNET_DEVICE bool inside(int row, int column) const {
+    return active && static_cast<unsigned>(first_h + row) < static_cast<unsigned>(in_h) &&
+           static_cast<unsigned>(first_w + column) < static_cast<unsigned>(in_w);
+  }
+
+  EFFNET_DEVICE Raw load(int row, int column) const {
+    Raw raw{};
+    if (inside(row, column)) {
+      raw =
+          load_vector<V>(image + (first_h + row) * row_stride + (first_w + column) * column_stride);
+    }
+    return raw;
+  }
+
+  EFFNET_DEVICE Floats<kPart<V>> value(const Raw& raw, int part, int row, int column) const {
+    constexpr int N = kPart<V>;
+    Floats<N> x = unpack<T, N>(slice<T, N>(raw, part));
+    if (has_prologue && inside(row, column)) {
+      const int position = part_position<V>(vector, part);
+      x = activate<Math<T, N>>(
+          activation, x * load_shared<N>(scale + position) + load_shared<N>(shift + position));
+    }
+    return x;
+  }
+};
+
+template <class T>
+struct ForwardArguments {
+  DepthwiseShape shape;
+  DepthwiseTiling tiling;
+  const T* __restrict__ input;
+  const T* __restrict__ weight;
+  Prologue prologue;
+  // Inference: output = activate(bn(conv)), and pooled[n, segment * bands + band, c] = the sums of
+  // the block's outputs if not null.
+  BatchNorm bn;
+  Activation activation;
+  float* __restrict__ pooled;
+  // Training: output = conv, and moments[(count, mean, M2), slot, c] if not null.
+  bool training;
+  float* __restrict__ moments;
+  T* __restrict__ output;
+};
+
+// conv[n, oh, ow, c] = sum_ij p[n, oh * S + i - pad_top, ow * S + j - pad_left, c] * weight[c, i,
+// j]
+//
+// with p = input or prologue_activation(input * scale + shift), then the epilogue of inference or
+// of training (see ForwardArguments). A patch is 4 / S x 4 outputs, its window kRows x kCols
+// inputs. Traffic: input read once (the halo of neighbouring bands comes from L2), output written
+// once.
+template <class T, int V, int K, int S>
+__global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::kMinBlocks))
+    depthwise_conv_kernel(const ForwardArguments<T> a) {
+  using Sizes = ForwardSizes<T, V, K, S>;
+  constexpr int L = Sizes::kLaneChannels;
+  constexpr int kPatchH = Sizes::kPatchH;
+  constexpr int kValues = Sizes::kPatchValues;
+  using RowMath = Math<T, kPatchW * L>;
+
+  const DepthwiseShape& shape = a.shape;
+  const DepthwiseBlock block(a.tiling);
+  const int columns = Sizes::columns(a.tiling.patches);
+  const int position = (static_cast<int>(threadIdx.x) % Sizes::kLanes) * L;
+  const int patch = static_cast<int>(threadIdx.x) / Sizes::kLanes;
+  const int channel = block.channel + channel_at_position<V>(position);
+  const bool active = channel < shape.channels;
+
+  float* tile = shared_floats();
+  float* prologue = tile + Sizes::tile_floats(a.tiling.patches);
+
+  float w[K * K][L];
+  load_weights<V, K, L>(w, tile, a.weight, block.channel, shape.channels, position);
+
+  const bool has_prologue = a.prologue.scale != nullptr;
+  if (has_prologue) {
+    // The first barrier of walk_rows comes before anyone reads these.
+    for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+      if (block.channel + i < shape.channels) {
+        const int p = position_of_channel<V>(i);
+        prologue[p] = static_cast<const float*>(a.prologue.scale)[block.channel + i];
+        prologue[kBlockChannels + p] =
+            static_cast<const float*>(a.prologue.shift)[block.channel + i];
+      }
+    }
+  }
+  float scale[L], shift[L];
+#pragma unroll
+  for (int l = 0; l < L; ++l) {
+    scale[l] = 1.f;
+    shift[l] = 0.f;
+    if (active && !a.training) {
+      const ChannelNorm norm = channel_norm<T>(a.bn, channel + l);
+      scale[l] = norm.scale;
+      shift[l] = norm.bias - norm.mean * norm.scale;
+    }
+  }
+
+  const int first_oh = block.segment * a.tiling.segment_rows;
+  const int last_oh = min(first_oh + a.tiling.segment_rows, shape.out_h);
+  const int first_ow = (block.band * a.tiling.patches + patch) * kPatchW;
+  const int steps = (last_oh - first_oh + kPatchH - 1) / kPatchH;
+  const int64_t column_stride = shape.channels;
+  const int64_t row_stride = shape.in_w * column_stride;
+  const int64_t out_row_stride = shape.out_w * column_stride;
+
+  const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
+  InputSource<T, V> source;
+  source.row_stride = row_stride;
+  source.column_stride = column_stride;
+  source.in_h = shape.in_h;
+  source.in_w = shape.in_w;
+  source.first_h = first_oh * S - shape.pad_top;
+  source.first_w = block.band * a.tiling.patches * kPatchW * S - shape.pad_left;
+  source.active = block.channel + vector * V < shape.channels;
+  source.has_prologue = has_prologue;
+  source.scale = prologue;
+  source.shift = prologue + kBlockChannels;
+  source.vector = vector;
+  source.activation = a.prologue.activation;
+
+  Moments moments[L];
+  const int64_t first_n = block.chunk * a.tiling.images;
+  const int64_t last_n = min(first_n + a.tiling.images, shape.batch);
+  for (int64_t n = first_n; n < last_n; ++n) {
+    source.image = a.input + n * shape.in_h * row_stride + block.channel + vector * V;
+    T* image_out = a.output + n * shape.out_h * out_row_stride + first_ow * column_stride + channel;
+    float pooled[L] = {};
+
+    walk_rows<Sizes, V>(tile, columns, steps, source, [&](int step, int head) {
+      Floats<kValues> acc = broadcast<kValues>(0.f);
+      const float* window = tile + patch * Sizes::kStepCols * kBlockChannels + position;
+#pragma unroll
+      for (int row = 0; row < Sizes::kRows; ++row) {
+        int slot = head + row;
+        if (slot >= Sizes::kRows) slot -= Sizes::kRows;
+        const float* line = window + slot * columns * kBlockChannels;
+        Floats<L> x[Sizes::kCols];
+#pragma unroll
+        for (int col = 0; col < Sizes::kCols; ++col) {
+          x[col] = load_shared<L>(line + col * kBlockChannels);
+        }
+#pragma unroll
+        for (int r = 0; r < kPatchH; ++r) {
+          const int i = row - r * S;
+          if (i < 0 || i >= K) continue;
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) {
+#pragma unroll
+            for (int j = 0; j < K; ++j) {
+#pragma unroll
+              for (int l = 0; l < L; ++l) {
+                float& sum = acc[(r * kPatchW + p) * L + l];
+                sum = fmaf(x[p * S + j][l], w[i * K + j][l], sum);
+              }
+            }
+          }
+        }
+      }
+
+      const int oh = first_oh + step * kPatchH;
+      const int rows = active ? min(last_oh - oh, kPatchH) : 0;
+      const int cols = min(shape.out_w - first_ow, kPatchW);
+      T* row_out = image_out + oh * out_row_stride;
+#pragma unroll
+      for (int r = 0; r < kPatchH; ++r) {
+        Floats<kPatchW * L> y = slice<kPatchW * L>(acc, r);
+        if (!a.training) {
+#pragma unroll
+          for (int i = 0; i < kPatchW * L; ++i) y[i] = fmaf(y[i], scale[i % L], shift[i % L]);
+          y = activate<RowMath>(a.activation, y);
+          set_slice(acc, r, y);
+        }
+#pragma unroll
+        for (int p = 0; p < kPatchW; ++p) {
+          if (r < rows && p < cols) store(row_out + p * shape.channels, slice<L>(y, p));
+        }
+        row_out += out_row_stride;
+      }
+      if (a.training ? a.moments == nullptr : a.pooled == nullptr) return;
+      // Sums of the patch's pixels inside the image; statistics by two passes over registers.
+      float sum[L] = {};
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        if (i / L / kPatchW < rows && i / L % kPatchW < cols) sum[i % L] += acc[i];
+      }
+      if (!a.training) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) pooled[l] += sum[l];
+        return;
+      }
+      if (rows <= 0 || cols <= 0) return;
+      Moments of_patch[L];
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        of_patch[l].count = static_cast<float>(rows * cols);
+        of_patch[l].mean = sum[l] / of_patch[l].count;
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        if (i / L / kPatchW < rows && i / L % kPatchW < cols) {
+          const float delta = acc[i] - of_patch[i % L].mean;
+          of_patch[i % L].m2 = fmaf(delta, delta, of_patch[i % L].m2);
+        }
+      }
+#pragma unroll
+      for (int l = 0; l < L; ++l) moments[l].merge(of_patch[l]);
+    });
+
+    if (!a.training && a.pooled != nullptr) {
+#pragma unroll
+      for (int l = 0; l < L; ++l) tile[patch * kBlockChannels + position + l] = pooled[l];
+      __syncthreads();
+      const int64_t slot = block.segment * a.tiling.bands + block.band;
+      float* out = a.pooled + (n * a.tiling.segments * a.tiling.bands + slot) * shape.channels;
+      for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+        float sum = 0.f;
+        for (int p = 0; p < a.tiling.patches; ++p) sum += tile[p * kBlockChannels + i];
+        const int c = block.channel + channel_at_position<V>(i);
+        if (c < shape.channels) out[c] = sum;
+      }
+      // The next image's first barrier comes before its first write to the tile.
+    }
+  }
+
+  if (a.training && a.moments != nullptr) {
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      float* p = tile + patch * 3 * kBlockChannels + position + l;
+      p[0] = moments[l].count;
+      p[kBlockChannels] = moments[l].mean;
+      p[2 * kBlockChannels] = moments[l].m2;
+    }
+    __syncthreads();
+    const int64_t slots = a.tiling.chunks * a.tiling.segments * a.tiling.bands;
+    float* out = a.moments + block.slot(a.tiling) * shape.channels;
+    for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+      Moments sum;
+      for (int p = 0; p < a.tiling.patches; ++p) {
+        const float* q = tile + p * 3 * kBlockChannels + i;
+        sum.merge({q[0], q[kBlockChannels], q[2 * kBlockChannels]});
+      }
+      const int c = block.channel + channel_at_position<V>(i);
+      if (c < shape.channels) {
+        out[c] = sum.count;
+        out[slots * shape.channels + c] = sum.mean;
+        out[2 * slots * shape.channels + c] = sum.m2;
+      }
+    }
+  }
+}
+
+// Recomputes grad_conv from grad_output and the saved convolution. Constants of the block's
+// channels, by position, 32 floats each: mean, scale, bias, mean_du, slope, grad_pooled.
+template <class T, int V>
+struct GradConvSource {
+  struct Raw {
+    Vector<T, V> grad, conv;
+  };
+
+  const T* grad_output;  // of the image, at this thread's vector of channels
+  const T* conv;
+  int64_t row_stride, column_stride;
+  int out_h, out_w, first_oh, first_ow;
+  bool active;
+  const float* constants;
+  int vector;
+  Activation activation;
+
+  EFFNET_DEVICE bool inside(int row, int column) const {
+    return active && static_cast<unsigned>(first_oh + row) < static_cast<unsigned>(out_h) &&
+           static_cast<unsigned>(first_ow + column) < static_cast<unsigned>(out_w);
+  }
+
+  EFFNET_DEVICE Raw load(int row, int column) const {
+    Raw raw{};
+    if (inside(row, column)) {
+      const int64_t offset = (first_oh + row) * row_stride + (first_ow + column) * column_stride;
+      raw.grad = load_vector<V>(grad_output + offset);
+      raw.conv = load_vector<V>(conv + offset);
+    }
+    return raw;
+  }
+
+  EFFNET_DEVICE Floats<kPart<V>> value(const Raw& raw, int part, int row, int column) const {
+    constexpr int N = kPart<V>;
+    if (!inside(row, column)) return broadcast<N>(0.f);
+    const auto constant = [&](int i) {
+      return load_shared<N>(constants + i * kBlockChannels + part_position<V>(vector, part));
+    };
+    const Floats<N> d = unpack<T, N>(slice<T, N>(raw.conv, part)) - constant(0);
+    const Floats<N> scale = constant(1);
+    const Floats<N> du = (unpack<T, N>(slice<T, N>(raw.grad, part)) + constant(5)) *
+                         activate_grad<Math<T, N>>(activation, d * scale + constant(2));
+    return scale * (du - constant(3) - d * constant(4));
+  }
+};
+
+template <class T>
+struct BackwardArguments {
+  DepthwiseShape shape;
+  DepthwiseTiling tiling;
+  const T* __restrict__ grad_output;
+  const float* __restrict__ grad_pooled;  // or null
+  const T* __restrict__ conv;
+  BatchNorm bn;
+  Activation activation;
+  // Batch statistics: the finished gradients of BN's weight and bias; null without.
+  const float* __restrict__ grad_bn_weight;
+  const float* __restrict__ grad_bn_bias;
+  const T* __restrict__ input;
+  const T* __restrict__ weight;
+  Prologue prologue;
+  T* __restrict__ grad_input;            // or null
+  float* __restrict__ partial_weight;    // (K * K, slots, C), or null
+  float* __restrict__ partial_prologue;  // (2, slots, C): of scale and of shift, or null
+};
+
+// The first row (or column) of the backward kernel's patches in padded coordinates: the last
+// multiple of the stride that is at or before the first pixel, so that the parity of every pixel of
+// a patch is known at compile time.
+EFFNET_INLINE int first_padded(int pad, int stride) { return pad / stride * stride; }
+
+// With u = bn(z), du = (grad_output + grad_pooled) * activate'(u), M = N * OH * OW:
+//   dz = scale * (du - grad_bn_bias / M - xhat * grad_bn_weight / M)    (batch statistics)
+//   dz = scale * du                                                    (running statistics)
+//   dp[n, h, w, c] = sum_ij dz[n, (h + pad_top - i) / S, (w + pad_left - j) / S, c] * weight[c, i,
+//   j] grad_weight[c, i, j] = sum_nhw p[n, h, w, c] * dz[n, (h + pad_top - i) / S, ...]
+// over the i, j for which the division leaves no rest. Both sums run over the same pairs of pixel
+// and tap, so one pass computes both: dz comes from shared memory, where it was computed once an
+// element, p from the thread's own pixels. With a prologue v = input * scale + shift, p = act(v):
+//   dv = dp * act'(v);  grad_input = dv * scale;  grad of scale = sum dv * input, of shift = sum dv
+// A patch is 2 * S x 4 pixels of grad_input. Three tensors read, one written.
+template <class T, int V, int K, int S>
+__global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::kMinBlocks))
+    depthwise_conv_backward_kernel(const BackwardArguments<T> a) {
+  using Sizes = BackwardSizes<T, V, K, S>;
+  constexpr int kPatchH = Sizes::kPatchH;
+  constexpr int kPixels = Sizes::kPatchPixels;
+  constexpr int kReach = (K - 1) / S;  // rows of the window before the patch's first row
+  using RowMath = Math<T, kPatchW>;
+
+  const DepthwiseShape& shape = a.shape;
+  const DepthwiseBlock block(a.tiling);
+  const int columns = Sizes::columns(a.tiling.patches);
+  const int position = static_cast<int>(threadIdx.x) % Sizes::kLanes;
+  const int patch = static_cast<int>(threadIdx.x) / Sizes::kLanes;
+  const int channel = block.channel + channel_at_position<V>(position);
+  const bool active = channel < shape.channels;
+
+  float* tile = shared_floats();
+  float* constants = tile + Sizes::tile_floats(a.tiling.patches);
+
+  float w[K * K][1];
+  load_weights<V, K, 1>(w, tile, a.weight, block.channel, shape.channels, position);
+  float grad_w[K * K] = {};
+
+  for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+    const int c = block.channel + i;
+    if (c >= shape.channels) continue;
+    const ChannelNorm norm = channel_norm<T>(a.bn, c);
+    float* constant = constants + position_of_channel<V>(i);
+    constant[0] = norm.mean;
+    constant[kBlockChannels] = norm.scale;
+    constant[2 * kBlockChannels] = norm.bias;
+    float mean_du = 0.f, slope = 0.f;
+    if (a.grad_bn_weight != nullptr) {
+      const float count = static_cast<float>(shape.batch * shape.out_h * shape.out_w);
+      mean_du = a.grad_bn_bias[c] / count;
+      slope = a.grad_bn_weight[c] / count * norm.invstd;
+    }
+    constant[3 * kBlockChannels] = mean_du;
+    constant[4 * kBlockChannels] = slope;
+  }
+
+  const bool has_prologue = a.prologue.scale != nullptr;
+  float scale = 1.f, shift = 0.f, grad_scale = 0.f, grad_shift = 0.f;
+  if (has_prologue && active) {
+    scale = static_cast<const float*>(a.prologue.scale)[channel];
+    shift = static_cast<const float*>(a.prologue.shift)[channel];
+  }
+
+  // Rows and columns of the patches, as padded coordinates less those of the first patch.
+  const int first_h = first_padded(shape.pad_top, S) - shape.pad_top;
+  const int first_w = first_padded(shape.pad_left, S) - shape.pad_left;
+  const int first_row = block.segment * a.tiling.segment_rows;
+  const int last_row = min(first_row + a.tiling.segment_rows, shape.in_h - first_h);
+  const int first_column = (block.band * a.tiling.patches + patch) * kPatchW;
+  const int steps = (last_row - first_row + kPatchH - 1) / kPatchH;
+  const int64_t column_stride = shape.channels;
+  const int64_t row_stride = shape.in_w * column_stride;
+
+  const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
+  GradConvSource<T, V> source;
+  source.column_stride = column_stride;
+  source.row_stride = shape.out_w * column_stride;
+  source.out_h = shape.out_h;
+  source.out_w = shape.out_w;
+  source.first_oh = (first_padded(shape.pad_top, S) + first_row) / S - kReach;
+  source.first_ow =
+      (first_padded(shape.pad_left, S) + block.band * a.tiling.patches * kPatchW) / S - kReach;
+  source.active = block.channel + vector * V < shape.channels;
+  source.constants = constants;
+  source.vector = vector;
+  source.activation = a.activation;
+
+  // Which pixels of the thread's patch exist: none of an inactive thread or beyond the last step.
+  const int first_p = max(0, -first_w - first_column);
+  const int last_p = active ? min(kPatchW, shape.in_w - first_w - first_column) : 0;
+  struct Inside {
+    int first_r, last_r, first_p, last_p;
+    EFFNET_DEVICE bool operator()(int r, int p) const {
+      return r >= first_r && r < last_r && p >= first_p && p < last_p;
+    }
+  };
+  const auto inside_of = [&](int step) {
+    const int row = first_row + step * kPatchH;
+    return Inside{max(0, -first_h - row), min(kPatchH, last_row - row), first_p, last_p};
+  };
+
+  const int64_t first_n = block.chunk * a.tiling.images;
+  const int64_t last_n = min(first_n + a.tiling.images, shape.batch);
+  for (int64_t n = first_n; n < last_n; ++n) {
+    // The barriers of walk_rows lie between this and the reads of the image before and of this one.
+    for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+      if (block.channel + i < shape.channels) {
+        constants[5 * kBlockChannels + position_of_channel<V>(i)] =
+            a.grad_pooled == nullptr ? 0.f : a.grad_pooled[n * shape.channels + block.channel + i];
+      }
+    }
+    const int64_t image_out = n * shape.out_h * source.row_stride + block.channel + vector * V;
+    source.grad_output = a.grad_output + image_out;
+    source.conv = a.conv + image_out;
+    const int64_t image = (n * shape.in_h + first_h + first_row) * row_stride +
+                          (first_w + first_column) * column_stride + channel;
+
+    // The thread's own pixels are loaded a step ahead, like the rows of the window.
+    Vector<T, 1> ahead[kPixels];
+    const auto load_pixels = [&](int step) {
+      const Inside inside = inside_of(step);
+      const T* row = a.input + image + step * kPatchH * row_stride;
+#pragma unroll
+      for (int r = 0; r < kPatchH; ++r) {
+#pragma unroll
+        for (int p = 0; p < kPatchW; ++p) {
+          ahead[r * kPatchW + p] = Vector<T, 1>{};
+          if (inside(r, p)) ahead[r * kPatchW + p] = load_vector<1>(row + p * shape.channels);
+        }
+        row += row_stride;
+      }
+    };
+    load_pixels(0);
+
+    walk_rows<Sizes, V>(tile, columns, steps, source, [&](int step, int head) {
+      const Inside inside = inside_of(step);
+      Floats<kPixels> pixel, dp = broadcast<kPixels>(0.f);
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) pixel[i] = unpack<T, 1>(ahead[i])[0];
+      load_pixels(step + 1);
+      if (has_prologue) {
+#pragma unroll
+        for (int r = 0; r < kPatchH; ++r) {
+          Floats<kPatchW> v = slice<kPatchW>(pixel, r);
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) v[p] = fmaf(v[p], scale, shift);
+          v = activate<RowMath>(a.prologue.activation, v);
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) v[p] = inside(r, p) ? v[p] : 0.f;
+          set_slice(pixel, r, v);
+        }
+      }
+
+      const float* window = tile + patch * Sizes::kStepCols * kBlockChannels + position;
+#pragma unroll
+      for (int row = 0; row < Sizes::kRows; ++row) {
+        int slot = head + row;
+        if (slot >= Sizes::kRows) slot -= Sizes::kRows;
+        const float* line = window + slot * columns * kBlockChannels;
+        Floats<Sizes::kCols> dz;
+#pragma unroll
+        for (int col = 0; col < Sizes::kCols; ++col) dz[col] = line[col * kBlockChannels];
+#pragma unroll
+        for (int r = 0; r < kPatchH; ++r) {
+          const int i = r - (row - kReach) * S;
+          if (i < 0 || i >= K) continue;
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) {
+#pragma unroll
+            for (int col = 0; col < Sizes::kCols; ++col) {
+              const int j = p - (col - kReach) * S;
+              if (j < 0 || j >= K) continue;
+              float& sum = dp[r * kPatchW + p];
+              sum = fmaf(dz[col], w[i * K + j][0], sum);
+              float& sum_w = grad_w[i * K + j];
+              sum_w = fmaf(dz[col], pixel[r * kPatchW + p], sum_w);
+            }
+          }
+        }
+      }
+
+      if (a.grad_input == nullptr) return;
+      const T* row_in = a.input + image + step * kPatchH * row_stride;
+      T* row_out = a.grad_input + image + step * kPatchH * row_stride;
+#pragma unroll
+      for (int r = 0; r < kPatchH; ++r) {
+        Floats<kPatchW> y = slice<kPatchW>(dp, r);
+        if (has_prologue) {
+          // Loaded again, from L1 or L2: registers to hold it would cost occupancy.
+          Floats<kPatchW> x = broadcast<kPatchW>(0.f), v;
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) {
+            if (inside(r, p)) x[p] = to_float(row_in[p * shape.channels]);
+            v[p] = fmaf(x[p], scale, shift);
+          }
+          y = y * activate_grad<RowMath>(a.prologue.activation, v);
+#pragma unroll
+          for (int p = 0; p < kPatchW; ++p) {
+            if (inside(r, p)) {
+              grad_scale = fmaf(y[p], x[p], grad_scale);
+              grad_shift += y[p];
+            }
+            y[p] *= scale;
+          }
+        }
+#pragma unroll
+        for (int p = 0; p < kPatchW; ++p) {
+          if (inside(r, p)) row_out[p * shape.channels] = from_float<T>(y[p]);
+        }
+        row_in += row_stride;
+        row_out += row_stride;
+      }
+    });
+  }
+
+  // Sums over the patches of the block, first to last, a row of taps at a time.
+  const int64_t slots = a.tiling.chunks * a.tiling.segments * a.tiling.bands;
+  const int64_t slot = block.slot(a.tiling);
+  const auto write_sums = [&](int count, int64_t first_plane, float* partial) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * kBlockChannels; i += blockDim.x) {
+      float sum = 0.f;
+      for (int p = 0; p < a.tiling.patches; ++p) sum += tile[p * count * kBlockChannels + i];
+      const int c = block.channel + channel_at_position<V>(i % kBlockChannels);
+      if (c < shape.channels) {
+        partial[((first_plane + i / kBlockChannels) * slots + slot) * shape.channels + c] = sum;
+      }
+    }
+    __syncthreads();
+  };
+  if (a.partial_weight != nullptr) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        tile[(patch * K + j) * kBlockChannels + position] = grad_w[i * K + j];
+      }
+      write_sums(K, i * K, a.partial_weight);
+    }
+  }
+  if (a.partial_prologue != nullptr) {
+    tile[patch * 2 * kBlockChannels + position] = grad_scale;
+    tile[(patch * 2 + 1) * kBlockChannels + position] = grad_shift;
+    write_sums(2, 0, a.partial_prologue);
+  }
+}
+
+}  // namespace effnet::cuda

@@ -1,0 +1,275 @@
+// Vectors of float32, the storage types they are loaded from and stored to, and the arithmetic that
+// epilogue.h asks for. No torch headers: device code knows pointers and shapes only.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../arguments.h"
+#include "../epilogue.h"
+
+#define EFFNET_DEVICE __device__ __forceinline__
+
+namespace effnet::cuda {
+
+// N float32 values in registers. Indices must be compile-time constants after unrolling.
+template <int N>
+struct Floats {
+  float v[N];
+
+  EFFNET_DEVICE float& operator[](int i) { return v[i]; }
+  EFFNET_DEVICE const float& operator[](int i) const { return v[i]; }
+};
+
+template <int N>
+EFFNET_DEVICE Floats<N> broadcast(float x) {
+  Floats<N> y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = x;
+  return y;
+}
+
+// Values i * M ... (i + 1) * M - 1 of x.
+template <int M, int N>
+EFFNET_DEVICE Floats<M> slice(const Floats<N>& x, int i) {
+  Floats<M> y;
+#pragma unroll
+  for (int j = 0; j < M; ++j) y[j] = x[i * M + j];
+  return y;
+}
+
+template <int M, int N>
+EFFNET_DEVICE void set_slice(Floats<N>& x, int i, const Floats<M>& y) {
+#pragma unroll
+  for (int j = 0; j < M; ++j) x[i * M + j] = y[j];
+}
+
+template <int N>
+EFFNET_DEVICE Floats<N> operator+(const Floats<N>& a, const Floats<N>& b) {
+  Floats<N> y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = a[i] + b[i];
+  return y;
+}
+
+template <int N>
+EFFNET_DEVICE Floats<N> operator-(const Floats<N>& a, const Floats<N>& b) {
+  Floats<N> y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = a[i] - b[i];
+  return y;
+}
+
+template <int N>
+EFFNET_DEVICE Floats<N> operator*(const Floats<N>& a, const Floats<N>& b) {
+  Floats<N> y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = a[i] * b[i];
+  return y;
+}
+
+// Storage of one vector of V elements, moved by one load or store of sizeof(T) * V bytes. 16-bit
+// elements travel as 32-bit words so that a vector in flight takes sizeof(T) * V / 4 registers.
+template <class T, int V, bool kWords = (sizeof(T) * V >= 4)>
+struct alignas(sizeof(T) * V) Vector {
+  uint32_t word[sizeof(T) * V / 4];
+};
+
+template <class T, int V>
+struct Vector<T, V, false> {
+  T word[V];
+};
+
+// Elements i * M ... (i + 1) * M - 1.
+template <class T, int M, int V>
+EFFNET_DEVICE Vector<T, M> slice(const Vector<T, V>& x, int i) {
+  constexpr int kWords = sizeof(Vector<T, M>) / sizeof(x.word[0]);
+  Vector<T, M> y;
+#pragma unroll
+  for (int j = 0; j < kWords; ++j) y.word[j] = x.word[i * kWords + j];
+  return y;
+}
+
+// Loads through a pointer that must be aligned to the whole vector.
+template <int V, class T>
+EFFNET_DEVICE Vector<T, V> load_vector(const T* p) {
+  return *reinterpret_cast<const Vector<T, V>*>(p);
+}
+
+EFFNET_DEVICE float to_float(float x) { return x; }
+EFFNET_DEVICE float to_float(__half x) { return __half2float(x); }
+EFFNET_DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+EFFNET_DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+template <class To, class From>
+EFFNET_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T, int V>
+EFFNET_DEVICE Floats<V> unpack(const Vector<T, V>& raw) {
+  Floats<V> y;
+  if constexpr (sizeof(T) * V < 4) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = to_float(raw.word[i]);
+  } else if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] = bit_cast<float>(raw.word[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      float2 pair;
+      if constexpr (std::is_same_v<T, __half>) {
+        pair = __half22float2(bit_cast<__half2>(raw.word[i]));
+      } else {
+        pair = __bfloat1622float2(bit_cast<__nv_bfloat162>(raw.word[i]));
+      }
+      y[2 * i] = pair.x;
+      y[2 * i + 1] = pair.y;
+    }
+  }
+  return y;
+}
+
+template <class T, int V>
+EFFNET_DEVICE Vector<T, V> pack(const Floats<V>& x) {
+  Vector<T, V> raw;
+  if constexpr (sizeof(T) * V < 4) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) raw.word[i] = from_float<T>(x[i]);
+  } else if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) raw.word[i] = bit_cast<uint32_t>(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        raw.word[i] = bit_cast<uint32_t>(__floats2half2_rn(x[2 * i], x[2 * i + 1]));
+      } else {
+        raw.word[i] = bit_cast<uint32_t>(__floats2bfloat162_rn(x[2 * i], x[2 * i + 1]));
+      }
+    }
+  }
+  return raw;
+}
+
+template <int V, class T>
+EFFNET_DEVICE Floats<V> load(const T* p) {
+  return unpack<T, V>(load_vector<V>(p));
+}
+
+template <class T, int V>
+EFFNET_DEVICE void store(T* p, const Floats<V>& x) {
+  *reinterpret_cast<Vector<T, V>*>(p) = pack<T, V>(x);
+}
+
+// 2^x and 1/x by the special function unit: 2 and 1 ulp; subnormal results are flushed to zero.
+EFFNET_DEVICE float approximate_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+EFFNET_DEVICE float approximate_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The arithmetic of epilogue.h on N values that are stored as T: one switch over the activation
+// serves the whole vector. Comparisons are written so that NaN comes through, as in PyTorch.
+template <class T, int N>
+struct Math {
+  using Value = Floats<N>;
+
+  static EFFNET_DEVICE Value set(float x) { return broadcast<N>(x); }
+
+  static EFFNET_DEVICE Value min(const Value& a, const Value& b) {
+    Value y;
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = b[i] < a[i] ? b[i] : a[i];
+    return y;
+  }
+
+  static EFFNET_DEVICE Value max(const Value& a, const Value& b) {
+    Value y;
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = a[i] < b[i] ? b[i] : a[i];
+    return y;
+  }
+
+  static EFFNET_DEVICE Value if_positive(const Value& x, const Value& y) {
+    Value z;
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = x[i] > 0.f ? y[i] : 0.f;
+    return z;
+  }
+
+  static EFFNET_DEVICE Value sigmoid(const Value& x) {
+    Value y;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float e;
+      if constexpr (std::is_same_v<T, float>) {
+        // The rounding error of x * log2(e) grows with |x|: carry it through as a factor
+        // 1 + error * ln(2), which keeps exp to about 2 ulp. The bound keeps e finite, so that the
+        // correction cannot make inf - inf.
+        constexpr float kLog2ELow = 1.925963033500888e-8f;
+        constexpr float kLn2 = 0.6931471805599453f;
+        const float t = x[i] < -87.f ? 87.f : -x[i];
+        const float exponent = t * kLog2E;
+        const float error = fmaf(t, kLog2E, -exponent) + t * kLog2ELow;
+        e = approximate_exp2(exponent);
+        e = fmaf(e, error * kLn2, e);
+      } else {
+        e = approximate_exp2(x[i] * -kLog2E);
+      }
+      y[i] = approximate_reciprocal(1.f + e);
+    }
+    return y;
+  }
+};
+
+// The value of one channel of a (C,) vector, which holds float32 or T, or is absent.
+template <class T>
+EFFNET_DEVICE float channel_value(const ChannelVector& vector, int channel, float absent) {
+  if (vector.data == nullptr) return absent;
+  return vector.dtype == Dtype::float32 ? static_cast<const float*>(vector.data)[channel]
+                                        : to_float(static_cast<const T*>(vector.data)[channel]);
+}
+
+// Shared memory, of the size that the launch gave. Kernels carve their arrays out of it; none is
+// declared with a fixed size, so that launches alone decide what a block takes.
+extern __shared__ float4 dynamic_shared_memory[];
+
+EFFNET_DEVICE float* shared_floats() { return reinterpret_cast<float*>(dynamic_shared_memory); }
+
+}  // namespace effnet::cuda
