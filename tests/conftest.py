@@ -38,6 +38,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For whole models on small images, where more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", "triton", "cuda"])
 def kernel_backend(request: pytest.FixtureRequest) -> str:
     """Each kernel backend that can run here, by name."""
