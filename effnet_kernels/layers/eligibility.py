@@ -14,14 +14,14 @@ from torch.nn.modules import module as nn_module
 from effnet_kernels import backends
 
 
-def module_refusal(name: str, module: nn.Module) -> str | None:
-    """Why ``module`` may not be bypassed: something else hangs on its being called."""
+def module_refusal(module: nn.Module) -> str | None:
+    """Why ``module`` may not be bypassed: what else hangs on its being called."""
     if module._forward_hooks or module._forward_pre_hooks:
-        return f"{name} has forward hooks"
+        return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
-        return f"{name} has backward hooks"
+        return "has backward hooks"
     if "forward" in module.__dict__:
-        return f"{name} has a forward of its own (patched on the instance)"
+        return "has a forward of its own (patched on the instance)"
     return None
 
 
@@ -33,7 +33,7 @@ def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
             f"{name} is not depthwise ({channels} to {conv.out_channels} channels in "
             f"{conv.groups} groups)"
         )
-    kernel, stride = conv.kernel_size, conv.stride
+    kernel, stride, padding, weight = conv.kernel_size, conv.stride, conv.padding, conv.weight
     if kernel[0] != kernel[1] or kernel[0] not in (3, 5, 7):
         return f"{name} has kernel size {kernel}, not 3, 5 or 7"
     if stride[0] != stride[1] or stride[0] not in (1, 2):
@@ -44,10 +44,12 @@ def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
         return f"{name} has a bias"
     if conv.padding_mode != "zeros":
         return f"{name} pads with {conv.padding_mode!r}, not zeros"
-    padding = conv.padding
     if not isinstance(padding, str) and (padding[0] >= kernel[0] or padding[1] >= kernel[0]):
         return f"{name} has padding {padding}, not less than its kernel"
-    return _tensor_refusal(f"{name}.weight", conv.weight) or module_refusal(name, conv)
+    if _is_wrapper(weight):
+        return f"{name}.weight is a {type(weight).__name__}"
+    reason = module_refusal(conv)
+    return None if reason is None else f"{name} {reason}"
 
 
 def conv_padding(conv: nn.Conv2d) -> str | tuple[int, int]:
@@ -69,9 +71,8 @@ def call_refusal(op: str, input: Tensor) -> str | None:
         return f"input is a {type(input).__name__}, not a Tensor"
     if input.ndim != 4 or input.layout != torch.strided:
         return "input is not a dense (N, C, H, W) tensor"
-    refusal = _tensor_refusal("input", input)
-    if refusal is not None:
-        return refusal
+    if _is_wrapper(input):
+        return f"input is a {type(input).__name__}"
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit is tracing"
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
@@ -83,8 +84,6 @@ def call_refusal(op: str, input: Tensor) -> str | None:
     return None
 
 
-def _tensor_refusal(name: str, tensor: Tensor) -> str | None:
-    # Wrapper subclasses (sharded, quantised) hold other tensors than the kernels would read.
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        return f"{name} is a {type(tensor).__name__}"
-    return None
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether the values are in other tensors (sharded, quantised), where no kernel would look."""
+    return hasattr(type(tensor), "__tensor_flatten__")

@@ -115,15 +115,16 @@ def _norm_act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
     """Why ``norm`` is not BN and a known activation and nothing else."""
     if type(norm) is not BatchNormAct2d:
         return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
-    if type(norm.act) not in _ACTIVATIONS:
-        return f"{name}.act is a {type(norm.act).__name__}, which no kernel knows"
-    if type(norm.drop) is not nn.Identity:
-        return f"{name}.drop is a {type(norm.drop).__name__}"
-    return (
-        module_refusal(name, norm)
-        or module_refusal(f"{name}.act", norm.act)
-        or module_refusal(f"{name}.drop", norm.drop)
-    )
+    act, drop = norm.act, norm.drop
+    if type(act) not in _ACTIVATIONS:
+        return f"{name}.act is a {type(act).__name__}, which no kernel knows"
+    if type(drop) is not nn.Identity:
+        return f"{name}.drop is a {type(drop).__name__}"
+    for part, module in (("", norm), (".act", act), (".drop", drop)):
+        reason = module_refusal(module)
+        if reason is not None:
+            return f"{name}{part} {reason}"
+    return None
 
 
 def _is_affine(norm: BatchNormAct2d) -> bool:
@@ -143,10 +144,11 @@ def _prologue(norm: BatchNormAct2d, dtype: torch.dtype) -> Prologue:
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     mean, var = norm.running_mean, norm.running_var
-    scale = torch.rsqrt(var.to(accumulator) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
+    weight, bias = norm.weight, norm.bias
+    scale = (var.to(accumulator) + norm.eps).rsqrt_()
+    if weight is not None:
+        scale = scale.mul_(weight)
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     return Prologue(scale, shift.to(accumulator), _ACTIVATIONS[type(norm.act)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,7 @@ class EfficientNet(nn.Module):
     Args:
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
+        stages: the table of the blocks.
         width: multiplies channels (then rounded to a multiple of 8).
         depth: multiplies the blocks of a stage (then rounded up).
         dropout: rate before the classifier.
@@ -157,6 +159,7 @@ class EfficientNet(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         *,
+        stages: Sequence[Stage] = B0_STAGES,
         width: float = 1.0,
         depth: float = 1.0,
         dropout: float = 0.2,
@@ -166,7 +169,7 @@ class EfficientNet(nn.Module):
         super().__init__()
         channels = scale_channels(STEM_CHANNELS, width)
         self.stem = ConvBn(in_channels, channels, 3, stem_stride)
-        stages = [s._replace(layers=math.ceil(s.layers * depth)) for s in B0_STAGES]
+        stages = [stage._replace(layers=math.ceil(stage.layers * depth)) for stage in stages]
         total = sum(stage.layers for stage in stages)
         blocks: list[MBConv] = []
         for stage in stages:
@@ -184,7 +187,7 @@ class EfficientNet(nn.Module):
                 )
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.head = ConvBn(channels, scale_channels(HEAD_CHANNELS, max(1.0, width)))
+        self.head = ConvBn(channels, scale_channels(HEAD_CHANNELS, width))
         self.dropout = dropout
         self.classifier = nn.Linear(self.head.conv.out_channels, num_classes)
         self.apply(_initialise)

@@ -1,0 +1,30 @@
+"""Sees which ops a piece of code runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops called under it, by ``namespace::name``; ``fused`` counts ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts and calls ``func``."""
+        self.count[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def fused(self) -> int:
+        """Forward calls of this package's ops."""
+        return sum(
+            number
+            for name, number in self.count.items()
+            if name.startswith("effnet_kernels::") and not name.endswith("_backward")
+        )
