@@ -40,6 +40,7 @@ Source: MBConv of "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -256,7 +257,9 @@ def reference(
         x = torch.addcmul(prologue.shift.view(-1, 1, 1), x, prologue.scale.view(-1, 1, 1))
         x = EAGER[Activation[prologue.activation]](x.to(input.dtype))
     top, left, bottom, right = pads
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device)  # the meta device, for one, has none
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         conv = F.conv2d(
             F.pad(x, (left, right, top, bottom)), weight, None, stride, groups=x.shape[1]
         )
