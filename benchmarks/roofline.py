@@ -71,9 +71,10 @@ def main() -> int:
     dtype, device = command.DTYPES[arguments.dtype], command.default_device()
     try:
         with torch.device("meta"):
-            model = create(arguments.model).to(dtype)
+            model = create(arguments.model).to(dtype=dtype, memory_format=torch.channels_last)
             size = arguments.size or default_size(arguments.model)
             image = torch.empty(arguments.batch, 3, size, size, dtype=dtype)
+            image = image.contiguous(memory_format=torch.channels_last)
         with use_backend("eager"):  # our ops as the ones they are made of
             recording = traffic.record(model, image)
     except ModelError as error:

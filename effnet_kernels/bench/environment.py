@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -119,6 +118,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         description |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "tf32": {
+                "conv": torch.backends.cudnn.allow_tf32,
+                "matmul": torch.backends.cuda.matmul.allow_tf32,
+            },
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
@@ -127,7 +130,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return description
 
 
-def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def _least_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     samples = []
     for turn in range(repeats + 2):
         if device.type == "cuda":
@@ -144,7 +147,7 @@ def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int)
             took = time.perf_counter() - began
         if turn >= 2:
             samples.append(took)
-    return statistics.median(samples)
+    return min(samples)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -152,7 +155,7 @@ def copy_bandwidth(device: torch.device) -> float:
     size = (4 << 30) if device.type == "cuda" else (512 << 20)
     source = torch.empty(size // 4, dtype=torch.float32, device=device).uniform_()
     target = torch.empty_like(source)
-    return 2 * size / _median_seconds(lambda: target.copy_(source), device, 5)
+    return 2 * size / _least_seconds(lambda: target.copy_(source), device, 5)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -160,7 +163,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 2048
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _median_seconds(lambda: left @ right, device, 5)
+    return 2 * size**3 / _least_seconds(lambda: left @ right, device, 5)
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:

@@ -35,7 +35,10 @@ _ACTIVATIONS = (
     "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "sigmoid",
     "silu", "tanh",
 )  # fmt: skip
-_VIEWS = ("t", "view", "reshape", "_unsafe_view", "alias", "detach", "expand", "unsqueeze")
+# A clone here is a change of layout, which a model that runs in one layout does not make.
+_VIEWS = (
+    "t", "view", "reshape", "_unsafe_view", "alias", "clone", "detach", "expand", "unsqueeze",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,7 +56,8 @@ class Op:
     """One recorded op.
 
     Attributes:
-        kind: ``conv``, ``norm``, ``activation``, ``pad``, ``mean``, ``add``, ``mul`` or ``other``.
+        kind: ``conv``, ``norm``, ``activation``, ``pad``, ``mean`` (a sum too), ``add``,
+            ``mul`` or ``other``.
         name: ATen's name.
         reads: values read, by index.
         writes: the value written, by index.
@@ -209,7 +213,9 @@ class Recording(TorchDispatchMode):
             kind = "activation"
         elif stem == "constant_pad_nd":
             kind = "pad"
-        elif stem in ("mean", "add", "mul"):
+        elif stem in ("mean", "sum"):
+            kind = "mean"
+        elif stem in ("add", "mul"):
             kind = stem
         self.ops.append(
             Op(

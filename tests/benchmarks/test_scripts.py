@@ -55,6 +55,12 @@ def test_roofline() -> None:
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
     assert lines["conv_fused"][2] == "41.59"
     assert lines["mbconv"][2] == "13.95"
+    # This project's own: the same but for the pooled sums' bookkeeping.
+    result = run(
+        sys.executable, script, "effnet:efficientnet_b0", "--bandwidth", "1", "--matmul", "1"
+    )
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line}
+    assert float(lines["mbconv"][2]) == pytest.approx(13.95, rel=0.02), result.stderr
     result = run(sys.executable, script, "efficentnet_b0")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
