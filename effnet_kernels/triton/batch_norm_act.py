@@ -44,19 +44,45 @@ def load_channels(p_vector, o_c, m_c, DEFAULT: tl.constexpr):
 
 @triton.jit
 def load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c):
-    """Mean, 1 / sqrt(var + eps), weight and bias of BLOCK_C channels, each (1, BLOCK_C) float32."""
+    """(mean, scale, bias), each (1, BLOCK_C) float32: bn(x) = (x - mean) * scale + bias.
+
+    scale = weight / sqrt(var + eps). The mean is not folded into the bias: where it is far from
+    zero, x - mean loses nothing, and x * scale - mean * scale much.
+    """
+    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)
+    scale = load_channels(p_weight, o_c, m_c, 1.0) * invstd
     mean = load_channels(p_mean, o_c, m_c, 0.0)
-    invstd = 1.0 / tl.sqrt_rn(load_channels(p_var, o_c, m_c, 1.0) + eps)
-    weight = load_channels(p_weight, o_c, m_c, 1.0)
     bias = load_channels(p_bias, o_c, m_c, 0.0)
-    return mean[None, :], invstd[None, :], weight[None, :], bias[None, :]
+    return mean[None, :], scale[None, :], bias[None, :]
 
 
 @triton.jit
-def batch_norm_act_grad(grad, x, mean, invstd, weight, bias, ACTIVATION: tl.constexpr):
-    """(du, xhat): xhat = (x - mean) * invstd, du = grad * act'(xhat * weight + bias)."""
-    xhat = (x - mean) * invstd
-    return activate_grad(grad, xhat * weight + bias, ACTIVATION), xhat
+def load_batch_norm_grad(
+    p_mean, p_var, p_weight, p_bias, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
+):
+    """(mean, scale, bias, constant, slope): what ``batch_norm_act_grad`` needs, (1, BLOCK_C) each.
+
+    constant = scale * grad_bias / count and slope = scale * invstd * grad_weight / count are how
+    the batch statistics answer to x; zeros where p_grad_weight is None, for frozen statistics.
+    """
+    mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
+    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)[None, :]
+    grad_weight = load_channels(p_grad_weight, o_c, m_c, 0.0)[None, :]
+    grad_bias = load_channels(p_grad_bias, o_c, m_c, 0.0)[None, :]
+    constant = scale * grad_bias * inverse_count
+    slope = scale * invstd * grad_weight * inverse_count
+    return mean, scale, bias, constant, slope
+
+
+@triton.jit
+def batch_norm_act_grad(grad, x, mean, scale, bias, constant, slope, ACTIVATION: tl.constexpr):
+    """The gradient of act(bn(x)) with respect to x, for the gradient ``grad`` of its result.
+
+    scale * (du - (grad_bias + xhat * grad_weight) / count), du = grad * act'(bn(x)).
+    """
+    centered = x - mean
+    du = activate_grad(grad, centered * scale + bias, ACTIVATION)
+    return du * scale - (constant + centered * slope)
 
 
 @triton.jit(
@@ -99,8 +125,7 @@ def batch_norm_act_kernel(
     count = tl.minimum(group_pixels - first, program_pixels).to(tl.int32)
     origin = group.to(tl.int64) * group_pixels + first
 
-    mean, invstd, weight, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
-    scale = weight * invstd
+    mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
     pooled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -155,11 +180,11 @@ def batch_norm_act_grad_sums_kernel(
     first = split.to(tl.int64) * program_pixels
     count = tl.minimum(pixels - first, program_pixels).to(tl.int32)
 
-    mean, invstd, weight, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
+    mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
     sum_du = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    sum_du_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_du_centered = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(0, count, BLOCK_P):
         m_tile = (start + o_p < count)[:, None] & m_c[None, :]
         p_tile = (first + start) * C + o_tile
@@ -170,12 +195,15 @@ def batch_norm_act_grad_sums_kernel(
             grad += load_image_rows(
                 p_grad_pooled, first + start, image_pixels, C, o_p, o_c, m_tile, INDEX
             )
-        du, xhat = batch_norm_act_grad(grad, x, mean, invstd, weight, bias, ACTIVATION)
+        centered = x - mean
+        du = activate_grad(grad, centered * scale + bias, ACTIVATION)
         sum_du += du
-        sum_du_xhat += du * xhat
+        sum_du_centered += du * centered
+    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)
     p_row = p_partials + split.to(tl.int64) * C + o_c
     second = (tl.num_programs(0) // channel_blocks).to(tl.int64) * C
-    tl.store(p_row, tl.sum(sum_du_xhat.to(tl.float64), 0).to(tl.float32), mask=m_c)
+    sum_du_xhat = tl.sum(sum_du_centered.to(tl.float64), 0) * invstd
+    tl.store(p_row, sum_du_xhat.to(tl.float32), mask=m_c)
     tl.store(p_row + second, tl.sum(sum_du.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
@@ -187,17 +215,6 @@ def load_image_rows(p_rows, first, image_pixels, C, o_p, o_c, m_tile, INDEX: tl.
     pixel = (first - image * image_pixels).to(INDEX) + o_p
     o_rows = image * C + (pixel // image_pixels)[:, None].to(tl.int64) * C + o_c[None, :]
     return tl.load(p_rows + o_rows, mask=m_tile, other=0.0)
-
-
-@triton.jit
-def load_grad_correction(p_grad_weight, p_grad_bias, inverse_count, o_c, m_c):
-    """The means that batch statistics take out of du: of du * xhat and of du, (1, BLOCK_C) each.
-
-    Zeros where the gradients are None: with frozen statistics nothing is taken out.
-    """
-    along_xhat = load_channels(p_grad_weight, o_c, m_c, 0.0) * inverse_count
-    constant = load_channels(p_grad_bias, o_c, m_c, 0.0) * inverse_count
-    return along_xhat[None, :], constant[None, :]
 
 
 @triton.jit(
@@ -239,9 +256,9 @@ def batch_norm_act_grad_input_kernel(
     first = (pid // channel_blocks).to(tl.int64) * program_pixels
     count = tl.minimum(pixels - first, program_pixels).to(tl.int32)
 
-    mean, invstd, weight, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
-    along_xhat, constant = load_grad_correction(p_grad_weight, p_grad_bias, inverse_count, o_c, m_c)
-    scale = weight * invstd
+    mean, scale, bias, constant, slope = load_batch_norm_grad(
+        p_mean, p_var, p_weight, p_bias, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
+    )
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
     for start in tl.range(0, count, BLOCK_P):
@@ -253,8 +270,7 @@ def batch_norm_act_grad_input_kernel(
             grad += load_image_rows(
                 p_grad_pooled, first + start, image_pixels, C, o_p, o_c, m_tile, INDEX
             )
-        du, xhat = batch_norm_act_grad(grad, x, mean, invstd, weight, bias, ACTIVATION)
-        dx = scale * (du - (constant + xhat * along_xhat))
+        dx = batch_norm_act_grad(grad, x, mean, scale, bias, constant, slope, ACTIVATION)
         tl.store(p_grad_input + p_tile, dx.to(p_grad_input.dtype.element_ty), mask=m_tile)
 
 
@@ -282,7 +298,7 @@ def sum_partials_kernel(
         m_tile = (start + o_r < rows)[:, None] & m_m[None, :]
         o_tile = (start + o_r)[:, None].to(tl.int64) * columns + o_m[None, :]
         total += tl.load(p_partials + o_tile, mask=m_tile, other=0.0)
-    sums = tl.sum(total.to(tl.float64), 0)
+    sums = tl.sum(total.to(tl.float64), 0).to(tl.float32)
     if p_second is None:
         tl.store(p_first + o_m, sums.to(p_first.dtype.element_ty), mask=m_m)
     else:
@@ -412,7 +428,7 @@ def batch_norm_act(
         ACTIVATION=activation_name(activation), VECTOR=plan.vector, INDEX=plan.index,
         BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, num_warps=NUM_WARPS, num_stages=1,
     )  # fmt: skip
-    if partials is not None and partials is not pooled:
+    if partials is not None and pooled is not None and partials is not pooled:
         sum_partials(partials, plan.splits, pooled)
 
 

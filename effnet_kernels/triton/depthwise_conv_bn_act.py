@@ -51,8 +51,8 @@ from effnet_kernels.triton.batch_norm_act import (
     batch_norm_act_grad_input,
     batch_norm_act_grad_sums,
     load_batch_norm,
+    load_batch_norm_grad,
     load_channels,
-    load_grad_correction,
     merge_statistics,
     sum_partials,
 )
@@ -85,12 +85,20 @@ def load_input(
 
 
 @triton.jit
-def load_filter_column(p_taps, column, o_c, m_c, C, KERNEL: tl.constexpr):
-    """Column ``column`` of the filters of BLOCK_C channels: KERNEL blocks (1, BLOCK_C)."""
+def load_filter_column(
+    p_taps, column, o_c, m_c, C,
+    KERNEL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Column ``column`` of the filters of BLOCK_C channels: KERNEL blocks (BLOCK_W, BLOCK_C).
+
+    Each row of a block is the same. Loaded as a vector, a tap would come in another layout than the
+    tile's and change over through shared memory; so, every thread loads what it needs, from L1.
+    """
+    o_tap = column * C + tl.broadcast_to(o_c[None, :], (BLOCK_W, BLOCK_C))
     taps = ()
     for i in tl.static_range(KERNEL):
-        tap = tl.load(p_taps + (i * KERNEL + column) * C + o_c, mask=m_c, other=0.0)
-        taps = taps + (tap[None, :],)  # noqa: RUF005 (no unpacking in Triton)
+        tap = tl.load(p_taps + i * KERNEL * C + o_tap, mask=m_c[None, :], other=0.0)
+        taps = taps + (tap,)  # type: ignore[assignment]  # noqa: RUF005 (no unpacking in Triton)
     return taps
 
 
@@ -168,11 +176,9 @@ def depthwise_conv_kernel(
 
     prologue_scale = load_channels(p_prologue_scale, o_c, m_c, 1.0)[None, :]
     prologue_shift = load_channels(p_prologue_shift, o_c, m_c, 0.0)[None, :]
-    if p_output is not None:
-        mean, invstd, bn_weight, bn_bias = load_batch_norm(
-            p_mean, p_var, p_bn_weight, p_bn_bias, eps, o_c, m_c
-        )
-        scale = bn_weight * invstd
+    if p_pooled is not None:
+        groups = tl.num_programs(0) // channel_blocks // splits
+        p_pooled += (split.to(tl.int64) * groups + group) * C
     pooled = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     count = tl.full([], 0.0, tl.float64)
     union_mean = tl.zeros([BLOCK_C], tl.float64)
@@ -188,7 +194,7 @@ def depthwise_conv_kernel(
 
         accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * ROWS
         for j in tl.range(KERNEL):
-            taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL)
+            taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C)
             o_iw = o_w * STRIDE + (j - pad_left)
             m_column = ((o_iw >= 0) & (o_iw < W))[:, None] & m_c[None, :]
             o_column = o_iw[:, None].to(INDEX) * C + o_c[None, :]
@@ -225,6 +231,11 @@ def depthwise_conv_kernel(
             union_mean += delta * (tile_count / union)
             union_m2 += tile_m2 + delta * delta * (count * (tile_count / union))
             count = union
+        if p_output is not None:
+            # Loaded here, from L1, so that they take no registers while the taps are added.
+            mean, scale, bias = load_batch_norm(
+                p_mean, p_var, p_bn_weight, p_bn_bias, eps, o_c, m_c
+            )
         for r in tl.static_range(ROWS):
             m_row = m_output & (row0 + r < OH)
             o_row = image * OH * output_pitch + ((row0 + r) * output_pitch + o_output)
@@ -234,15 +245,13 @@ def depthwise_conv_kernel(
                 tl.store(p_conv + o_row, conv, mask=m_row)
                 y = conv.to(tl.float32)
             if p_output is not None:
-                y = activate((y - mean) * scale + bn_bias, ACTIVATION)
+                y = activate((y - mean) * scale + bias, ACTIVATION)
                 if p_pooled is not None:
                     pooled += tl.where(m_row, y, 0.0)
                 tl.store(p_output + o_row, y.to(p_output.dtype.element_ty), mask=m_row)
 
     if p_pooled is not None:
-        groups = tl.num_programs(0) // channel_blocks // splits
-        row = split.to(tl.int64) * groups + group
-        tl.store(p_pooled + row * C + o_c, tl.sum(pooled, 0), mask=m_c)
+        tl.store(p_pooled + o_c, tl.sum(pooled, 0), mask=m_c)
     if p_statistics is not None:
         rows = (tl.num_programs(0) // channel_blocks).to(tl.int64)
         row = pid // channel_blocks
@@ -321,13 +330,10 @@ def depthwise_conv_grad_weight_kernel(
 
     prologue_scale = load_channels(p_prologue_scale, o_c, m_c, 1.0)[None, :]
     prologue_shift = load_channels(p_prologue_shift, o_c, m_c, 0.0)[None, :]
-    mean, invstd, bn_weight, bn_bias = load_batch_norm(
-        p_mean, p_var, p_bn_weight, p_bn_bias, eps, o_c, m_c
-    )
-    along_xhat, constant = load_grad_correction(
-        p_grad_bn_weight, p_grad_bn_bias, inverse_count, o_c, m_c
-    )
-    scale = bn_weight * invstd
+    mean, scale, bias, constant, slope = load_batch_norm_grad(
+        p_mean, p_var, p_bn_weight, p_bn_bias, eps, p_grad_bn_weight, p_grad_bn_bias,
+        inverse_count, o_c, m_c,
+    )  # fmt: skip
     zero = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     sums = (zero,) * (KERNEL * KERNEL)
 
@@ -350,10 +356,10 @@ def depthwise_conv_grad_weight_kernel(
             o_row = image * OH * output_pitch + (t * output_pitch + o_output)
             grad = tl.load(p_grad_output + o_row, mask=m_row, other=0.0).to(tl.float32)
             conv = tl.load(p_conv + o_row, mask=m_row, other=0.0).to(tl.float32)
-            du, xhat = batch_norm_act_grad(
-                grad + grad_pooled, conv, mean, invstd, bn_weight, bn_bias, ACTIVATION
+            grad_conv = batch_norm_act_grad(
+                grad + grad_pooled, conv, mean, scale, bias, constant, slope, ACTIVATION
             )
-            grad_conv = tl.where(m_row, scale * (du - (constant + xhat * along_xhat)), 0.0)
+            grad_conv = tl.where(m_row, grad_conv, 0.0)
             if p_grad_conv is not None:
                 tl.store(
                     p_grad_conv + o_row, grad_conv.to(p_grad_conv.dtype.element_ty), mask=m_row
@@ -451,7 +457,9 @@ def depthwise_conv_grad_input_kernel(
         for column_parity in tl.range(STRIDE):
             accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * (ROWS * STRIDE)
             for n in tl.range((KERNEL - column_parity + STRIDE - 1) // STRIDE):
-                taps = load_filter_column(p_taps, n * STRIDE + column_parity, o_c, m_c, C, KERNEL)
+                taps = load_filter_column(
+                    p_taps, n * STRIDE + column_parity, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C
+                )
                 o_ow = o_b - n
                 m_column = ((o_ow >= 0) & (o_ow < OW))[:, None] & m_c[None, :]
                 o_column = o_ow[:, None].to(INDEX) * C + o_c[None, :]
@@ -493,11 +501,17 @@ def depthwise_conv_grad_input_kernel(
         tl.store(p_row + second, tl.sum(sum_dv.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
-# Warps a program, and what a thread holds of a tile's row in the kernels that keep a tile of rows.
+# Warps a program, and elements a thread holds of a row of a tile.
 NUM_WARPS = 4
 ELEMENTS = 8
-# Rows of accumulators a thread can hold beside a column of weights and the rows in flight.
-MOST_ROWS = 8
+# Registers a thread may have: three programs a multiprocessor. Left alone, the compiler takes up to
+# 255 to load further ahead, and only two programs fit.
+REGISTERS = 168
+# Those of them for accumulators, weights and rows in flight; the rest are addresses and masks.
+TILE_REGISTERS = 140
+# Programs a multiprocessor of the weight gradient. Each writes k*k partial sums a channel, so they
+# are few, but all that fit at a time (three) are there twice.
+GRAD_WEIGHT_PROGRAMS = 6
 
 
 class Tile(NamedTuple):
@@ -556,56 +570,82 @@ def spatial_tile(
     return columns, elements // columns
 
 
-def tile_rows(height: int, kernel: int, stride: int, most: int) -> int:
-    """Rows of a tile, at most ``most``: few idle rows, few halo rows.
+def tile_rows(
+    height: int, taps: int, loads: int, halo: int, sums: int, itemsize: int, registers: int
+) -> int:
+    """Rows of a tile: few idle rows, few halo rows, and no more than fit in registers.
 
-    A tile of R rows loads R * stride + kernel - stride rows for each filter column, an instruction
-    count of about 1.75 times that of multiplying one by a tap, of which there are R * kernel.
+    Args:
+        height: rows of the image.
+        taps: rows of the filter column that is held.
+        loads: rows loaded for a row of the tile.
+        halo: rows loaded beside these.
+        sums: rows of accumulators for a row of the tile.
+        itemsize: bytes of an element as it is loaded.
+        registers: what else the kernel holds for each of a thread's elements.
     """
 
-    def cost(rows: int) -> float:
-        loads = rows * stride + kernel - stride
-        return -(-height // rows) * (1.75 * loads + rows * kernel)
+    def fits(rows: int) -> bool:
+        # The compiler loads some rows ahead of others, not all.
+        ahead = (rows * loads + halo) * (1 + itemsize) / 6
+        held = rows * sums + taps + ahead + registers
+        return rows == 1 or ELEMENTS * held <= TILE_REGISTERS
 
-    return min(range(1, most + 1), key=lambda rows: (cost(rows), rows))
+    def cost(rows: int) -> float:
+        # To load a row takes about 1.75 times the instructions of adding its product with a tap.
+        return -(-height // rows) * (1.75 * (rows * loads + halo) + rows * taps)
+
+    return min(filter(fits, range(1, 9)), key=lambda rows: (cost(rows), rows))
 
 
 @functools.lru_cache(maxsize=1024)
 def conv_plan(
     batch: int, channels: int, height: int, width: int, kernel: int, stride: int,
-    itemsize: int, by_image: bool, multiprocessors: int,
+    itemsize: int, prologue: bool, statistics: bool, by_image: bool, multiprocessors: int,
 ) -> TilePlan:  # fmt: skip
     """The launch of ``depthwise_conv_kernel``; ``height`` and ``width`` are the output's."""
     columns, block_c = spatial_tile(width, channels, 32 * NUM_WARPS * ELEMENTS, kernel, stride)
-    tile = Tile(tile_rows(height, kernel, stride, MOST_ROWS), columns, block_c)
-    return tile_plan(tile, batch, channels, height, width, itemsize, by_image, multiprocessors)
+    one_by_one = vector_width(channels, itemsize) == 1
+    rows = tile_rows(
+        height, kernel, stride, kernel - stride, 1, itemsize,
+        3 * prologue + 4 * statistics + 7 * one_by_one,
+    )  # fmt: skip
+    tile = Tile(rows, columns, block_c)
+    return tile_plan(
+        tile, batch, channels, height, width, itemsize, by_image,
+        multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def grad_input_plan(
     batch: int, channels: int, height: int, width: int, pad_top: int, pad_left: int,
-    kernel: int, stride: int, itemsize: int, multiprocessors: int,
+    kernel: int, stride: int, itemsize: int, prologue: bool, multiprocessors: int,
 ) -> TilePlan:  # fmt: skip
     """The launch of ``depthwise_conv_grad_input_kernel``; the extent is the input's."""
     rows = (height - 1 + pad_top) // stride - pad_top // stride + 1
     columns = (width - 1 + pad_left) // stride - pad_left // stride + 1
     depth = -(-kernel // stride)
     block_w, block_c = spatial_tile(columns, channels, 32 * NUM_WARPS * ELEMENTS, depth, 1)
-    tile = Tile(tile_rows(rows, depth, 1, MOST_ROWS // stride), block_w, block_c)
-    return tile_plan(tile, batch, channels, rows, columns, itemsize, False, multiprocessors)
+    height_of_tile = tile_rows(rows, kernel, 1, depth - 1, stride, itemsize, 4 * prologue)
+    tile = Tile(height_of_tile, block_w, block_c)
+    return tile_plan(
+        tile, batch, channels, rows, columns, itemsize, False,
+        multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def grad_weight_plan(
     batch: int, channels: int, height: int, width: int, kernel: int, stride: int,
-    itemsize: int, multiprocessors: int,
+    itemsize: int, prologue: bool, multiprocessors: int,
 ) -> TilePlan:  # fmt: skip
     """The launch of ``depthwise_conv_grad_weight_kernel``; the extent is the output's.
 
     A tile is a strip: whole columns of the image, cut only where there are too few programs. A
-    thread holds k*k sums of a few channels, 4 up to k = 5 and 2 for k = 7: about 100 registers.
+    thread holds k*k sums of a few channels: 4 for k = 5 and 2 for k = 7 make 100 registers.
     """
-    elements = 32 * NUM_WARPS * (4 if kernel <= 5 else 2)
+    elements = 32 * NUM_WARPS * (4 if kernel + 2 * prologue <= 5 else 2)
     block_w, block_c = spatial_tile(width, channels, elements, kernel, stride)
     units = batch * -(-width // block_w) * -(-channels // block_c)
     strips = -(-multiprocessors * GRAD_WEIGHT_PROGRAMS // units)
@@ -613,27 +653,22 @@ def grad_weight_plan(
     rows = min(height, max(-(-height // strips), 2 * kernel))
     tile = Tile(rows, block_w, block_c)
     return tile_plan(
-        tile, batch, channels, height, width, itemsize, False, multiprocessors,
-        GRAD_WEIGHT_PROGRAMS,
+        tile, batch, channels, height, width, itemsize, False,
+        multiprocessors * GRAD_WEIGHT_PROGRAMS,
     )  # fmt: skip
-
-
-# Programs a multiprocessor of the weight gradient. Each writes k*k partial sums a channel, so they
-# are few, but all that fit at a time (three) are there twice.
-GRAD_WEIGHT_PROGRAMS = 6
 
 
 def tile_plan(
     tile: Tile, batch: int, channels: int, height: int, width: int, itemsize: int,
-    by_image: bool, multiprocessors: int, programs: int = PROGRAMS_PER_MULTIPROCESSOR,
+    by_image: bool, programs: int,
 ) -> TilePlan:  # fmt: skip
-    """Spreads the tiles of a batch of ``height`` x ``width`` images over programs."""
+    """Spreads the tiles of a batch of ``height`` x ``width`` images over about ``programs``."""
     row_tiles = -(-height // tile.rows)
     image_tiles = row_tiles * -(-width // tile.width)
     groups = batch if by_image else 1
     group_tiles = image_tiles * batch // groups
     channel_blocks = -(-channels // tile.channels)
-    wanted = -(-multiprocessors * programs // (groups * channel_blocks))
+    wanted = -(-programs // (groups * channel_blocks))
     parts, program_tiles = splits(group_tiles, wanted)
     return TilePlan(
         tile, row_tiles, image_tiles, groups, group_tiles, program_tiles, parts, channel_blocks,
@@ -705,8 +740,8 @@ def _convolve(
     OH, OW = result.shape[2:]
     kernel = weight.shape[2]
     plan = conv_plan(
-        N, C, OH, OW, kernel, stride, input.element_size(), pooled is not None,
-        multiprocessors(input),
+        N, C, OH, OW, kernel, stride, input.element_size(), prologue_scale is not None,
+        statistics is not None, pooled is not None, multiprocessors(input),
     )  # fmt: skip
     sums = pooled
     if pooled is not None and plan.splits > 1:
@@ -724,7 +759,8 @@ def _convolve(
         KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation),
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
         INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
-        BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels, num_warps=NUM_WARPS, num_stages=1,
+        BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
     if statistics is not None:
         assert partials is not None
@@ -747,6 +783,7 @@ def depthwise_conv_bn_act_backward_out(
     with device_guard(input):
         bn = (mean, var, bn_weight, bn_bias, eps, activation)
         batch_norm_act_grad_sums(grad_output, grad_pooled, conv, *bn, grad_bn_weight, grad_bn_bias)
+        # How much of the gradient goes through the statistics; with frozen ones, none.
         through = (grad_bn_weight, grad_bn_bias) if batch_stats else (None, None)
         grad_conv = None if grad_input is None else torch.empty_like(conv)
         if grad_weight is not None:
@@ -755,7 +792,9 @@ def depthwise_conv_bn_act_backward_out(
                 prologue_scale, prologue_shift, prologue_activation, grad_conv, grad_weight,
             )  # fmt: skip
         elif grad_conv is not None:
-            batch_norm_act_grad_input(grad_output, grad_pooled, conv, *bn, *through, grad_conv)
+            batch_norm_act_grad_input(
+                grad_output, grad_pooled, conv, *bn, through[0], through[1], grad_conv
+            )
         if grad_input is not None:
             assert grad_conv is not None
             _grad_input(
@@ -778,8 +817,9 @@ def _grad_weight(
     kernel = grad_weight.shape[2]
     *vectors, eps, activation = bn
     plan = grad_weight_plan(
-        N, C, OH, OW, kernel, stride, input.element_size(), multiprocessors(input)
-    )
+        N, C, OH, OW, kernel, stride, input.element_size(), prologue_scale is not None,
+        multiprocessors(input),
+    )  # fmt: skip
     partials = torch.empty(
         plan.splits * grad_weight.numel(), dtype=torch.float32, device=input.device
     )
@@ -792,7 +832,8 @@ def _grad_weight(
         KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation),
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
         INDEX=index_type(max(H * W, OH * OW) * C), BLOCK_W=plan.tile.width,
-        BLOCK_C=plan.tile.channels, num_warps=NUM_WARPS, num_stages=1,
+        BLOCK_C=plan.tile.channels,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
     sum_partials(partials, plan.splits, grad_weight)
 
@@ -807,7 +848,7 @@ def _grad_input(
     kernel = weight.shape[2]
     plan = grad_input_plan(
         N, C, H, W, pad_top, pad_left, kernel, stride, input.element_size(),
-        multiprocessors(input),
+        prologue_scale is not None, multiprocessors(input),
     )  # fmt: skip
     partials = None
     if prologue_scale is not None:
@@ -819,7 +860,8 @@ def _grad_input(
         plan.channel_blocks,
         KERNEL=kernel, STRIDE=stride, PROLOGUE_ACTIVATION=activation_name(prologue_activation),
         VECTOR=plan.vector, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
-        BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels, num_warps=NUM_WARPS, num_stages=1,
+        BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
     if partials is not None:
         assert grad_scale is not None

@@ -58,12 +58,10 @@ CASES = (
     Case("inference", "bfloat16", 240, 28, 5, 1, pool=True),
     Case("inference", "bfloat16", 144, 56, 5, 2, prologue=True),
     Case("inference", "bfloat16", 1152, 7, 5, 1, pool=True),
-    Case("inference", "bfloat16", 144, 95, 3, 1, pool=True),
     Case("inference", "bfloat16", 256, 48, 3, 2, pool=True),
     Case("inference", "float16", 480, 14, 3, 1, prologue=True, pool=True),
     Case("inference", "float32", 672, 14, 5, 1),
     Case("inference", "bfloat16", 96, 14, 7, 1),
-    Case("inference", "float32", 96, 28, 7, 2, prologue=True),
     Case("inference", "bfloat16", 13, 33, 3, 1),
     Case("train", "bfloat16", 144, 56, 3, 1, pool=True),
     Case("train", "float32", 240, 28, 5, 1, prologue=True),
@@ -153,6 +151,29 @@ def cuobjdump(cubin: bytes, *options: str) -> str:
     return run.stdout
 
 
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\S+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+
+
+def spills_in_loops(instructions: list[tuple[int, str, str]]) -> int:
+    """Accesses to local memory inside the innermost loops."""
+    loops = []
+    for address, name, operands in instructions:
+        target = re.search(r"\b0x([0-9a-f]+)", operands)
+        # A branch to itself ends every kernel, as padding.
+        if name.startswith("BRA") and target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= inner and end < last for inner, end in loops)
+    ]
+    return sum(
+        name.startswith(("LDL", "STL"))
+        and any(first <= address <= last for first, last in innermost)
+        for address, name, _ in instructions
+    )
+
+
 def usage(kernel: Any) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory and load instructions of a compiled kernel."""
     cubin = kernel.asm["cubin"]
@@ -160,15 +181,24 @@ def usage(kernel: Any) -> dict[str, Any]:
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(cubin, "--dump-resource-usage")
     )
     assert found is not None
+    instructions = [
+        (int(address, 16), name, operands)
+        for address, name, operands in INSTRUCTION.findall(cuobjdump(cubin, "-sass"))
+    ]
     loads: dict[str, int] = {}
-    for width in re.findall(r"\bLDG\.E(?:\.CONSTANT)?(\.\w+)?", cuobjdump(cubin, "-sass")):
-        loads[width.strip(".") or "32"] = loads.get(width.strip(".") or "32", 0) + 1
+    for _, name, _ in instructions:
+        if name.startswith("LDG"):
+            width = re.search(r"\.(U8|U16|S16|64|128)\b", name)
+            bits = width[1].strip("US") if width else "32"
+            loads[bits] = loads.get(bits, 0) + 1
     return {
         "registers": int(found[1]),
         "spilled": int(found[2]) + int(found[3]),
+        "spills_in_loops": spills_in_loops(instructions),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "loads": dict(sorted(loads.items())),
+        "instructions": len(instructions),
     }
 
 
@@ -234,7 +264,9 @@ def main() -> None:
     if arguments.write:
         budget = {
             architecture: {
-                kernel: {key: used[key] for key in ("registers", "spilled", "shared")}
+                kernel: {
+                    key: used[key] for key in ("registers", "spilled", "spills_in_loops", "shared")
+                }
                 for kernel, used in results.items()
             }
             for architecture, results in in_processes(ARCHITECTURES).items()
@@ -245,11 +277,12 @@ def main() -> None:
     if not arguments.table:
         print(json.dumps(results))
         return
-    print("registers  spilled  shared  occupancy  loads")
+    print("registers  spilled  in loops  shared  occupancy  instructions  loads")
     for kernel, used in results.items():
         print(
-            f"{used['registers']:9}  {used['spilled']:7}  {used['shared']:6}  "
-            f"{occupancy(used):9.0%}  {used['loads']}  {kernel}"
+            f"{used['registers']:9}  {used['spilled']:7}  {used['spills_in_loops']:8}  "
+            f"{used['shared']:6}  {occupancy(used):9.0%}  {used['instructions']:12}  "
+            f"{used['loads']}  {kernel}"
         )
 
 

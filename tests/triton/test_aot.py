@@ -1,0 +1,59 @@
+"""The Triton kernels compile for every architecture within their budget of registers.
+
+``python tests/triton/aot.py --write`` measures the budget anew, after a change that is worth it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aot
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, dict[str, Any]]]:
+    """What each kernel uses, by architecture."""
+    return aot.in_processes(aot.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
+    """No kernel takes more registers or shared memory, or spills more, than the budget says."""
+    budget = json.loads(aot.BUDGET.read_text())[architecture]
+    assert compiled[architecture].keys() == budget.keys()
+    for kernel, used in compiled[architecture].items():
+        for resource, most in budget[kernel].items():
+            assert used[resource] <= most, f"{kernel}: {used[resource]} {resource}, budget {most}"
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_occupancy_and_spills(architecture: str, compiled: dict[str, Any]) -> None:
+    """Three programs of four warps fit, and what that makes the compiler spill is next to nothing.
+
+    The weight gradient holds k*k sums a channel; half as many channels a thread would spill nothing
+    and take a seventh more instructions, which is worse than a dozen of them in a loop of hundreds.
+    """
+    for kernel, used in compiled[architecture].items():
+        assert aot.occupancy(used) >= 12 / 64, kernel
+        if "grad_weight" in kernel:
+            assert used["spilled"] <= 48, kernel
+            assert used["spills_in_loops"] <= 12, kernel
+        else:
+            assert used["spilled"] <= 16, kernel
+            assert used["spills_in_loops"] == 0, kernel
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_activations_load_16_bytes(architecture: str, compiled: dict[str, Any]) -> None:
+    """Where channels are a multiple of 8, no 16-bit activation is loaded by less than 16 bytes.
+
+    The weight gradient's tiles have four channels a thread, or two, by design.
+    """
+    for kernel, used in compiled[architecture].items():
+        if "float16 13x" in kernel or "depthwise_conv" not in kernel or "grad_weight" in kernel:
+            continue
+        assert "16" not in used["loads"], kernel
+        assert "64" not in used["loads"], kernel
+        assert used["loads"]["128"] >= 10, kernel
