@@ -14,18 +14,18 @@ demo: $(VENV)/built
 	$(BIN)/python benchmarks/demo.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 	$(BIN)/python -m mypy
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu')
 
 # Torch first: the extension builds against the installed one, without build isolation.
 $(VENV)/torch: .ci/constraints.txt

@@ -8,6 +8,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; more threads than cores wait for each other, spinning.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("EFFNET_KERNELS_BACKEND", None)
 os.environ.pop("EFFNET_KERNELS_DISABLE", None)
 
