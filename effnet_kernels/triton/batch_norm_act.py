@@ -394,8 +394,8 @@ def pixel_plan(
     block_c = channel_block(channels)
     block_p = 16 * 32 * NUM_WARPS // block_c
     blocks = -(-channels // block_c)
-    wanted = -(-multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // (blocks * groups))
-    tiles, each = splits(-(-group_pixels // block_p), wanted)
+    programs = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    tiles, each = splits(-(-group_pixels // block_p), blocks * groups, programs, groups > 1)
     vector = vector_width(channels, itemsize)
     return PixelPlan(
         groups, group_pixels, each * block_p, tiles, channels // vector, blocks, vector,

@@ -668,8 +668,7 @@ def tile_plan(
     groups = batch if by_image else 1
     group_tiles = image_tiles * batch // groups
     channel_blocks = -(-channels // tile.channels)
-    wanted = -(-programs // (groups * channel_blocks))
-    parts, program_tiles = splits(group_tiles, wanted)
+    parts, program_tiles = splits(group_tiles, groups * channel_blocks, programs, by_image)
     return TilePlan(
         tile, row_tiles, image_tiles, groups, group_tiles, program_tiles, parts, channel_blocks,
         vector_width(channels, itemsize),

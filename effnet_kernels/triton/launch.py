@@ -50,10 +50,17 @@ def index_type(elements: int) -> tl.dtype:
     return tl.int32 if elements < 2**31 else tl.int64
 
 
-def splits(units: int, per_program_of: int) -> tuple[int, int]:
-    """(programs, units a program) that spread ``units`` over at most ``per_program_of`` programs.
+def splits(units: int, independent: int, programs: int, reduced: bool) -> tuple[int, int]:
+    """How to split each of ``independent`` groups of ``units``: (parts, units a part).
 
-    Every program has at least one unit.
+    Args:
+        units: tiles, say; no part is empty.
+        independent: programs there are without a split.
+        programs: programs there should be, as a rule.
+        reduced: the parts of a group have sums to add, by another kernel. Then they stay whole
+            where that alone makes two waves of three programs a multiprocessor.
     """
-    each = -(-units // max(1, min(units, per_program_of)))
+    whole = reduced and independent * PROGRAMS_PER_MULTIPROCESSOR >= programs * 6
+    parts = 1 if whole else min(units, -(-programs // independent))
+    each = -(-units // parts)
     return -(-units // each), each

@@ -13,6 +13,7 @@ Triton is not interpreted, so this is a program:
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -249,6 +250,11 @@ def in_processes(architectures: tuple[str, ...]) -> dict[str, dict[str, dict[str
     return results
 
 
+def triton_version() -> str:
+    """Triton's major and minor version: another compiles to other registers."""
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+
+
 def occupancy(used: dict[str, Any]) -> float:
     """The part of a multiprocessor's warps that its registers let be resident."""
     registers = -(-used["registers"] // 8) * 8 * 32 * used["warps"]
@@ -271,7 +277,7 @@ def main() -> None:
             }
             for architecture, results in in_processes(ARCHITECTURES).items()
         }
-        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        BUDGET.write_text(json.dumps({"triton": triton_version(), **budget}, indent=1) + "\n")
         return
     results = compile_all(arguments.architecture)
     if not arguments.table:

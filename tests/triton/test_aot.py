@@ -21,7 +21,10 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
     """No kernel takes more registers or shared memory, or spills more, than the budget says."""
-    budget = json.loads(aot.BUDGET.read_text())[architecture]
+    measured = json.loads(aot.BUDGET.read_text())
+    if measured["triton"] != aot.triton_version():
+        pytest.skip(f"the budget is of Triton {measured['triton']}")
+    budget = measured[architecture]
     assert compiled[architecture].keys() == budget.keys()
     for kernel, used in compiled[architecture].items():
         for resource, most in budget[kernel].items():
