@@ -25,71 +25,68 @@ EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
 
 // count, mean and M2 (the sum of squared deviations from the mean) of a set of values.
 struct Moments {
-  float count = 0.f, mean = 0.f, m2 = 0.f;
+  double count = 0., mean = 0., m2 = 0.;
 
   // Chan's formula for the union of two sets.
   EFFNET_DEVICE void merge(const Moments& other) {
-    if (other.count == 0.f) return;
-    const float total = count + other.count;
-    const float share = other.count / total;
-    const float delta = other.mean - mean;
+    if (other.count == 0.) return;
+    const double total = count + other.count;
+    const double share = other.count / total;
+    const double delta = other.mean - mean;
     mean += delta * share;
     m2 += other.m2 + delta * delta * count * share;
     count = total;
   }
 };
 
+// Sums of deviations from one of the values, `origin`, and of their squares. In float64, nothing is
+// lost to a mean that is far from zero, or to an origin some standard deviations from the mean.
+struct ShiftedSums {
+  float origin = 0.f;
+  double sum = 0., squares = 0.;
+
+  EFFNET_DEVICE Moments moments(double count) const {
+    if (count == 0.) return {};
+    const double mean = sum / count;
+    return {count, origin + mean, squares - sum * mean};
+  }
+};
+
 constexpr int kStatisticsChannels = 8;
 constexpr int kStatisticsLanes = 32;
 constexpr int kStatisticsThreads = kStatisticsChannels * kStatisticsLanes;
-constexpr size_t kStatisticsSharedBytes = kStatisticsThreads * sizeof(double);
+constexpr size_t kStatisticsSharedBytes = 3 * kStatisticsThreads * sizeof(double);
 
 // mean[c], var[c] (biased) from per-block moments: partial is (3, slots, channels), the planes
-// being count, mean and M2. Chan's formula for many sets at once, in float64 and in a fixed order:
-//   mean = sum_i count_i * mean_i / M,   M2 = sum_i M2_i + count_i * (mean_i - mean)^2
-// A block takes 8 channels, 32 threads each. Blocks: ceil(channels / 8).
+// being count, mean and M2. A block takes 8 channels, 32 threads each: thread (lane, c) merges
+// every 32nd slot, then lane 0 merges the lanes, always in this order. Blocks: ceil(channels / 8).
 __global__ void __launch_bounds__(kStatisticsThreads)
-    batch_statistics_kernel(const float* __restrict__ partial, int slots, int channels,
+    batch_statistics_kernel(const double* __restrict__ partial, int slots, int channels,
                             float* mean_out, float* var_out) {
-  const int column = static_cast<int>(threadIdx.x) % kStatisticsChannels;
   const int lane = threadIdx.x / kStatisticsChannels;
-  const int channel = blockIdx.x * kStatisticsChannels + column;
-  const bool active = channel < channels;
+  const int channel =
+      blockIdx.x * kStatisticsChannels + static_cast<int>(threadIdx.x) % kStatisticsChannels;
   const int64_t plane = static_cast<int64_t>(slots) * channels;
-  double* sums = reinterpret_cast<double*>(shared_floats());
 
-  // The sum over the lanes of one channel, given to each of them.
-  const auto sum_lanes = [&](double x) {
-    __syncthreads();
-    sums[threadIdx.x] = x;
-    __syncthreads();
-    double sum = 0.;
-    for (int i = 0; i < kStatisticsLanes; ++i) sum += sums[i * kStatisticsChannels + column];
-    return sum;
-  };
-
-  double count = 0., sum = 0.;
-  if (active) {
+  Moments all;
+  if (channel < channels) {
     for (int slot = lane; slot < slots; slot += kStatisticsLanes) {
-      const float* p = partial + static_cast<int64_t>(slot) * channels + channel;
-      count += p[0];
-      sum += static_cast<double>(p[0]) * p[plane];
+      const double* p = partial + static_cast<int64_t>(slot) * channels + channel;
+      all.merge({p[0], p[plane], p[2 * plane]});
     }
   }
-  count = sum_lanes(count);
-  const double mean = sum_lanes(sum) / count;
-  double m2 = 0.;
-  if (active) {
-    for (int slot = lane; slot < slots; slot += kStatisticsLanes) {
-      const float* p = partial + static_cast<int64_t>(slot) * channels + channel;
-      const double delta = p[plane] - mean;
-      m2 += p[2 * plane] + p[0] * delta * delta;
+  double* shared = reinterpret_cast<double*>(shared_floats());
+  shared[threadIdx.x] = all.count;
+  shared[kStatisticsThreads + threadIdx.x] = all.mean;
+  shared[2 * kStatisticsThreads + threadIdx.x] = all.m2;
+  __syncthreads();
+  if (lane == 0 && channel < channels) {
+    for (int i = threadIdx.x + kStatisticsChannels; i < kStatisticsThreads;
+         i += kStatisticsChannels) {
+      all.merge({shared[i], shared[kStatisticsThreads + i], shared[2 * kStatisticsThreads + i]});
     }
-  }
-  m2 = sum_lanes(m2);
-  if (active && lane == 0) {
-    mean_out[channel] = static_cast<float>(mean);
-    var_out[channel] = static_cast<float>(m2 / count);
+    mean_out[channel] = static_cast<float>(all.mean);
+    var_out[channel] = static_cast<float>(all.m2 > 0. ? all.m2 / all.count : 0.);
   }
 }
 
@@ -141,7 +138,9 @@ EFFNET_DEVICE void sum_row_lanes(Floats<V>& x, float* shared, int lane, int lane
   if (row_lane != 0) return;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    for (int r = 1; r < row_lanes; ++r) x[i] += shared[(i * row_lanes + r) * lanes + lane];
+    double sum = x[i];
+    for (int r = 1; r < row_lanes; ++r) sum += shared[(i * row_lanes + r) * lanes + lane];
+    x[i] = static_cast<float>(sum);
   }
 }
 
@@ -176,8 +175,8 @@ __global__ void __launch_bounds__(kRowThreads)
       for (int i = 0; i < kRowUnroll; ++i) {
         const int64_t r = row + i * tiling.row_lanes;
         if (r < block.last_row) {
-          const Floats<V> y =
-              activate<Math<T, V>>(activation, (unpack<T, V>(raw[i]) - mean) * scale + bias);
+          const Floats<V> y = activate<Math<T, V>>(
+              activation, multiply_add(unpack<T, V>(raw[i]) - mean, scale, bias));
           store(output + origin + r * tiling.channels, y);
           sum = sum + y;
         }
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kRowThreads)
 // slot = group * chunks + chunk. Traffic: grad_output and z read. grad_pooled is (groups,
 // channels). Shared memory: blockDim.x * V floats.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     batch_norm_act_backward_kernel(const T* __restrict__ grad_output,
                                    const float* __restrict__ grad_pooled, const T* __restrict__ z,
                                    BatchNorm bn, Activation activation, RowTiling tiling,
@@ -237,9 +236,9 @@ __global__ void __launch_bounds__(kRowThreads)
         if (row + i * tiling.row_lanes < block.last_row) {
           const Floats<V> d = unpack<T, V>(raw_z[i]) - mean;
           const Floats<V> du = (unpack<T, V>(raw_g[i]) + pooled) *
-                               activate_grad<Math<T, V>>(activation, d * scale + bias);
+                               activate_grad<Math<T, V>>(activation, multiply_add(d, scale, bias));
           sum = sum + du;
-          product = product + du * d;
+          product = multiply_add(du, d, product);
         }
       }
     }

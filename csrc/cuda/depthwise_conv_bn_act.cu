@@ -77,10 +77,10 @@ void for_window(const DepthwiseShape& shape, const Body& body) {
   }
 }
 
-// A float32 workspace of the caching allocator: free for reuse on this stream when it goes out of
-// scope, and part of a CUDA graph's pool during capture.
-Tensor workspace(const Tensor& like, int64_t elements) {
-  return torch::stable::new_empty(like, {elements}, ScalarType::Float);
+// A workspace of the caching allocator: free for reuse on this stream when it goes out of scope,
+// and part of a CUDA graph's pool during capture.
+Tensor workspace(const Tensor& like, int64_t elements, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::new_empty(like, {elements}, dtype);
 }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
@@ -234,8 +234,8 @@ void depthwise_conv_bn_act_train_out(Tensor input, Tensor weight, OptionalTensor
           const int64_t slots = slot_count(f.tiling);
           OptionalTensor partial;
           if (batch_stats) {
-            partial = workspace(input, 3 * slots * s.channels);
-            f.moments = floats(*partial);
+            partial = workspace(input, 3 * slots * s.channels, ScalarType::Double);
+            f.moments = static_cast<double*>(partial->mutable_data_ptr());
           }
           device.launch(depthwise_conv_kernel<T, V, K, S>, block_count(f.tiling),
                         f.tiling.patches * Sizes::kLanes, Sizes::shared_bytes(f.tiling.patches), f);

@@ -113,11 +113,11 @@ struct ForwardSizes : DepthwiseSizes<T, V, (V == 1 || K > 3) ? 1 : 2, 4 / S, (4 
   static constexpr int kMinBlocks = V == 8 ? 4 : 3;
   static constexpr int kPrologueFloats = 2 * kBlockChannels;
 
-  // Also the room for the weights before the walk and for the sums (3 a channel) after it.
+  // Also the room for the weights before the walk and for the moments (float64) after it.
   static EFFNET_INLINE constexpr int tile_floats(int patches) {
     const int tile = Base::tile_floats(patches);
     const int weights = K * K * (kBlockChannels + 1);
-    const int sums = 3 * patches * kBlockChannels;
+    const int sums = 2 * 3 * patches * kBlockChannels;
     const int most = tile > weights ? tile : weights;
     return ((most > sums ? most : sums) + 3) / 4 * 4;
   }
@@ -330,8 +330,8 @@ struct InputSource {
     Floats<N> x = unpack<T, N>(slice<T, N>(raw, part));
     if (has_prologue && inside(row, column)) {
       const int position = part_position<V>(vector, part);
-      x = activate<Math<T, N>>(
-          activation, x * load_shared<N>(scale + position) + load_shared<N>(shift + position));
+      x = activate<Math<T, N>>(activation, multiply_add(x, load_shared<N>(scale + position),
+                                                        load_shared<N>(shift + position)));
     }
     return x;
   }
@@ -351,7 +351,7 @@ struct ForwardArguments {
   float* __restrict__ pooled;
   // Training: output = conv, and moments[(count, mean, M2), slot, c] if not null.
   bool training;
-  float* __restrict__ moments;
+  double* __restrict__ moments;
   T* __restrict__ output;
 };
 
@@ -432,13 +432,18 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
   source.vector = vector;
   source.activation = a.prologue.activation;
 
-  Moments moments[L];
+  // Of a thread's outputs. At inference totals[l].sum is the pooled sum of one image.
+  ShiftedSums totals[L];
+  int count = 0;
   const int64_t first_n = block.chunk * a.tiling.images;
   const int64_t last_n = min(first_n + a.tiling.images, shape.batch);
   for (int64_t n = first_n; n < last_n; ++n) {
     source.image = a.input + n * shape.in_h * row_stride + block.channel + vector * V;
     T* image_out = a.output + n * shape.out_h * out_row_stride + first_ow * column_stride + channel;
-    float pooled[L] = {};
+    if (!a.training) {
+#pragma unroll
+      for (int l = 0; l < L; ++l) totals[l].sum = 0.;
+    }
 
     walk_rows<Sizes, V>(tile, columns, steps, source, [&](int step, int head) {
       Floats<kValues> acc = broadcast<kValues>(0.f);
@@ -491,38 +496,53 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
         row_out += out_row_stride;
       }
       if (a.training ? a.moments == nullptr : a.pooled == nullptr) return;
-      // Sums of the patch's pixels inside the image; statistics by two passes over registers.
+      if (rows <= 0 || cols <= 0) return;
+      if (a.training && count == 0) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) totals[l].origin = acc[l];
+      }
+      const auto inside = [&](int i) { return i / L / kPatchW < rows && i / L % kPatchW < cols; };
       float sum[L] = {};
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        if (i / L / kPatchW < rows && i / L % kPatchW < cols) sum[i % L] += acc[i];
+        if (inside(i)) sum[i % L] += acc[i];
       }
       if (!a.training) {
 #pragma unroll
-        for (int l = 0; l < L; ++l) pooled[l] += sum[l];
+        for (int l = 0; l < L; ++l) totals[l].sum += sum[l];
         return;
       }
-      if (rows <= 0 || cols <= 0) return;
-      Moments of_patch[L];
+      // Deviations from the patch's mean as float32 has it, then, exactly, from the origin: with m
+      // the mean less the origin, d = delta + m,
+      //   sum d = sum delta + n m,   sum d^2 = sum delta^2 + 2 m sum delta + n m^2.
+      const int pixels = min(rows, kPatchH) * cols;
+      const float inverse = 1.f / pixels;
+      float mean[L], rest[L] = {}, squares[L] = {};
 #pragma unroll
-      for (int l = 0; l < L; ++l) {
-        of_patch[l].count = static_cast<float>(rows * cols);
-        of_patch[l].mean = sum[l] / of_patch[l].count;
-      }
+      for (int l = 0; l < L; ++l) mean[l] = sum[l] * inverse;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        if (i / L / kPatchW < rows && i / L % kPatchW < cols) {
-          const float delta = acc[i] - of_patch[i % L].mean;
-          of_patch[i % L].m2 = fmaf(delta, delta, of_patch[i % L].m2);
+        if (inside(i)) {
+          const float delta = acc[i] - mean[i % L];
+          rest[i % L] += delta;
+          squares[i % L] = fmaf(delta, delta, squares[i % L]);
         }
       }
 #pragma unroll
-      for (int l = 0; l < L; ++l) moments[l].merge(of_patch[l]);
+      for (int l = 0; l < L; ++l) {
+        const double m = static_cast<double>(mean[l]) - totals[l].origin;
+        const double total = m * pixels + rest[l];
+        totals[l].sum += total;
+        totals[l].squares += squares[l] + m * (total + rest[l]);
+      }
+      count += pixels;
     });
 
     if (!a.training && a.pooled != nullptr) {
 #pragma unroll
-      for (int l = 0; l < L; ++l) tile[patch * kBlockChannels + position + l] = pooled[l];
+      for (int l = 0; l < L; ++l) {
+        tile[patch * kBlockChannels + position + l] = static_cast<float>(totals[l].sum);
+      }
       __syncthreads();
       const int64_t slot = block.segment * a.tiling.bands + block.band;
       float* out = a.pooled + (n * a.tiling.segments * a.tiling.bands + slot) * shape.channels;
@@ -537,27 +557,29 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
   }
 
   if (a.training && a.moments != nullptr) {
+    double* shared = reinterpret_cast<double*>(tile);
 #pragma unroll
     for (int l = 0; l < L; ++l) {
-      float* p = tile + patch * 3 * kBlockChannels + position + l;
-      p[0] = moments[l].count;
-      p[kBlockChannels] = moments[l].mean;
-      p[2 * kBlockChannels] = moments[l].m2;
+      const Moments moments = totals[l].moments(count);
+      double* p = shared + patch * 3 * kBlockChannels + position + l;
+      p[0] = moments.count;
+      p[kBlockChannels] = moments.mean;
+      p[2 * kBlockChannels] = moments.m2;
     }
     __syncthreads();
     const int64_t slots = a.tiling.chunks * a.tiling.segments * a.tiling.bands;
-    float* out = a.moments + block.slot(a.tiling) * shape.channels;
+    double* out = a.moments + block.slot(a.tiling) * shape.channels;
     for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
-      Moments sum;
+      Moments all;
       for (int p = 0; p < a.tiling.patches; ++p) {
-        const float* q = tile + p * 3 * kBlockChannels + i;
-        sum.merge({q[0], q[kBlockChannels], q[2 * kBlockChannels]});
+        const double* q = shared + p * 3 * kBlockChannels + i;
+        all.merge({q[0], q[kBlockChannels], q[2 * kBlockChannels]});
       }
       const int c = block.channel + channel_at_position<V>(i);
       if (c < shape.channels) {
-        out[c] = sum.count;
-        out[slots * shape.channels + c] = sum.mean;
-        out[2 * slots * shape.channels + c] = sum.m2;
+        out[c] = all.count;
+        out[slots * shape.channels + c] = all.mean;
+        out[2 * slots * shape.channels + c] = all.m2;
       }
     }
   }
@@ -604,7 +626,7 @@ struct GradConvSource {
     const Floats<N> d = unpack<T, N>(slice<T, N>(raw.conv, part)) - constant(0);
     const Floats<N> scale = constant(1);
     const Floats<N> du = (unpack<T, N>(slice<T, N>(raw.grad, part)) + constant(5)) *
-                         activate_grad<Math<T, N>>(activation, d * scale + constant(2));
+                         activate_grad<Math<T, N>>(activation, multiply_add(d, scale, constant(2)));
     return scale * (du - constant(3) - d * constant(4));
   }
 };

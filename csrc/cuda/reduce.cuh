@@ -1,4 +1,5 @@
-// Sums of per-block partial results in a fixed order: same input, same bits. No float atomics.
+// Sums of per-block partial results in a fixed order: same input, same bits. No float atomics. The
+// sums are kept in float64: they are few, and gradients that nearly cancel need the digits.
 #pragma once
 
 #include "vector.cuh"
@@ -8,7 +9,7 @@ namespace effnet::cuda {
 constexpr int kReduceChannels = 32;
 constexpr int kReduceLanes = 8;
 constexpr int kReduceThreads = kReduceChannels * kReduceLanes;
-constexpr size_t kReduceSharedBytes = kReduceThreads * sizeof(float);
+constexpr size_t kReduceSharedBytes = kReduceThreads * sizeof(double);
 
 // output[o, c] = sum over slots of partial[o, slot, c]
 //
@@ -27,21 +28,21 @@ __global__ void __launch_bounds__(kReduceThreads)
                       static_cast<int>(threadIdx.x) % kReduceChannels;
   const int lane = threadIdx.x / kReduceChannels;
 
-  float sum = 0.f;
+  double sum = 0.;
   if (channel < channels) {
     const float* p = partial + o * slots * channels + channel;
     for (int slot = lane; slot < slots; slot += kReduceLanes) {
       sum += p[static_cast<int64_t>(slot) * channels];
     }
   }
-  float* sums = shared_floats();
+  double* sums = reinterpret_cast<double*>(shared_floats());
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (lane == 0 && channel < channels) {
 #pragma unroll
     for (int i = 1; i < kReduceLanes; ++i) sum += sums[i * kReduceChannels + threadIdx.x];
     Output* row = second != nullptr && o == 1 ? second : first + o * outer_stride;
-    row[channel * channel_stride] = from_float<Output>(sum);
+    row[channel * channel_stride] = from_float<Output>(static_cast<float>(sum));
   }
 }
 

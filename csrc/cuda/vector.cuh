@@ -73,6 +73,15 @@ EFFNET_DEVICE Floats<N> operator*(const Floats<N>& a, const Floats<N>& b) {
   return y;
 }
 
+// a * b + c, rounded once.
+template <int N>
+EFFNET_DEVICE Floats<N> multiply_add(const Floats<N>& a, const Floats<N>& b, const Floats<N>& c) {
+  Floats<N> y;
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = fmaf(a[i], b[i], c[i]);
+  return y;
+}
+
 // Storage of one vector of V elements, moved by one load or store of sizeof(T) * V bytes. 16-bit
 // elements travel as 32-bit words so that a vector in flight takes sizeof(T) * V / 4 registers.
 template <class T, int V, bool kWords = (sizeof(T) * V >= 4)>

@@ -1,4 +1,4 @@
-"""Builds ``csrc/cuda`` for the CPU: the same files, g++ and the emulator in place of nvcc and a GPU.
+"""Builds ``csrc/cuda`` for the CPU: the same files, g++ and the emulator instead of nvcc and a GPU.
 
 Outputs go to ``build/cuda_emulator`` and are made again when a source or a flag changed.
 """

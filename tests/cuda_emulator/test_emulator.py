@@ -1,0 +1,61 @@
+"""The CUDA kernels on the CPU: under AddressSanitizer, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulator import build
+
+REASON = build.missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture(scope="session")
+def built() -> tuple[Path, Path]:
+    """(library, program of faulty kernels), compiled when a source has changed."""
+    return build.build()
+
+
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        ("diverging_barriers", "wait at different barriers"),
+        ("early_return", "returned while others wait at a barrier"),
+        ("shared_overrun", "AddressSanitizer: use-after-poison"),
+        ("global_overrun", "AddressSanitizer: heap-buffer-overflow"),
+        ("misaligned_vector", "store to misaligned address"),
+    ],
+)
+def test_faults_are_found(fault: str, report: str, built: tuple[Path, Path]) -> None:
+    """The emulator stops at what a GPU would do silently or not survive."""
+    result = subprocess.run([built[1], fault], capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert report in result.stderr
+
+
+def test_faultless_and_refused(built: tuple[Path, Path]) -> None:
+    """A correct kernel's results, a race's NaN, and the launches that a GPU would refuse."""
+
+    def output(name: str) -> str:
+        result = subprocess.run([built[1], name], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert set(output("correct").split()) == {"15872"}
+    assert "nan" in output("missing_barrier")
+    # No block, 1025 threads, more than 48 KB without asking, 64 KB on request; 228 KB: refused.
+    assert output("refused_launches") == "00011"
+
+
+def test_kernels(built: tuple[Path, Path]) -> None:
+    """Everything in emulated.py passes."""
+    emulated = Path(__file__).with_name("emulated.py")
+    environment = {**build.environment(), "CUDA_EMULATOR_LIBRARY": str(built[0])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(emulated)]
+    result = subprocess.run(
+        command, cwd=build.ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
