@@ -1,12 +1,12 @@
-// The depthwise op on the CPU: cuts a call into items (DepthwisePlan), runs them on PyTorch's threads
-// and merges the partial sums in a fixed order.
+// The depthwise op on the CPU: cuts a call into items (DepthwisePlan), runs them on PyTorch's
+// threads and merges the partial sums in a fixed order.
 #include "depthwise_conv_bn_act.h"
-
-#include <algorithm>
-#include <new>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <new>
 
 #include "../checks.h"
 #include "../ops.h"
@@ -44,8 +44,11 @@ int best_tile(int columns, int multiple) {
 
 // What a block of channels keeps in L1: its ring of rows and a row of results.
 constexpr int64_t kL1Bytes = 40 * 1024;
+// Cache lines of a pixel that a block takes together, at least: shorter pieces of memory cost more
+// than a ring that leaves L1.
+constexpr int64_t kChunkLines = 4;
 // Columns of a strip, at most: a halo of k - 1 input columns is then little.
-constexpr int kStripColumns = 64;
+constexpr int kStripColumns = 32;
 // Rows of a band, at least, for the same reason.
 constexpr int kBandRows = 8;
 // Items, if there are rows enough: several for each thread of a large machine.
@@ -62,24 +65,23 @@ DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, size
   p.strip_cols = static_cast<int>(ceil_div(s.out_w, p.strips));
   p.strips = static_cast<int>(ceil_div(s.out_w, p.strip_cols));
   p.tile = best_tile(p.strip_cols, 1);
-  p.grad_tile = best_tile((p.strips == 1 ? s.in_w : p.strip_cols * s.stride) + s.stride - 1,
-                          s.stride);
+  p.grad_tile =
+      best_tile((p.strips == 1 ? s.in_w : p.strip_cols * s.stride) + s.stride - 1, s.stride);
 
   const int64_t vector_bytes =
       rings * k.accumulator_size * p.lanes *
       (int64_t{s.kernel} * (p.strip_cols * s.stride + s.kernel) + p.strip_cols);
-  // Whole cache lines of the tensors, too.
-  const int64_t least = ceil_div(64, p.lanes * element_size);
-  int64_t block = std::clamp<int64_t>(kL1Bytes / vector_bytes, least, 8);
+  const int64_t line = ceil_div(64, p.lanes * element_size);
+  int64_t block = std::clamp<int64_t>(kL1Bytes / vector_bytes, kChunkLines * line, 8);
   const int64_t others = s.batch * p.strips;
-  while (block > least && ceil_div(p.vectors, block) * others < kItems / 2) block /= 2;
-  block = std::min<int64_t>(std::max(block, least), p.vectors);
+  while (block > line && ceil_div(p.vectors, block) * others < kItems / 2) block /= 2;
+  block = std::min<int64_t>(std::max(block, line), p.vectors);
   p.blocks = static_cast<int>(ceil_div(p.vectors, block));
   p.block_vectors = static_cast<int>(ceil_div(p.vectors, p.blocks));
   p.blocks = static_cast<int>(ceil_div(p.vectors, p.block_vectors));
 
-  const int64_t bands = std::clamp<int64_t>(ceil_div(kItems, p.blocks * others), 1,
-                                            std::max(s.out_h / kBandRows, 1));
+  const int64_t bands =
+      std::clamp<int64_t>(ceil_div(kItems, p.blocks * others), 1, std::max(s.out_h / kBandRows, 1));
   p.band_rows = static_cast<int>(ceil_div(s.out_h, bands));
   p.bands = static_cast<int>(ceil_div(s.out_h, p.band_rows));
   p.slots = p.units(s);
@@ -104,8 +106,8 @@ class Runner {
   Runner(const DepthwiseShape& s, const DepthwisePlan& p, const DepthwiseKernels& k)
       : plan_(p), scratch_bytes_(k.scratch_bytes(s, p)) {
     // About 10 microseconds of work are worth a thread.
-    const double work = static_cast<double>(s.batch) * s.out_h * s.out_w * p.vectors *
-                        (s.kernel * s.kernel + 25);
+    const double work =
+        static_cast<double>(s.batch) * s.out_h * s.out_w * p.vectors * (s.kernel * s.kernel + 25);
     threads_ = std::max(1.0, work / 40000);
   }
 
@@ -215,9 +217,8 @@ void train(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor
            int64_t prologue_activation, bool batch_stats, Tensor conv, Tensor mean, Tensor var,
            Tensor output, OptionalTensor pooled) {
   const DepthwiseTraining a = check_depthwise_training(
-      input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation,
-      prologue_scale, prologue_shift, prologue_activation, batch_stats, conv, mean, var, output,
-      pooled);
+      input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation, prologue_scale,
+      prologue_shift, prologue_activation, batch_stats, conv, mean, var, output, pooled);
   const DepthwiseKernels& k = kernels_for(a.dtype);
   DepthwisePlan p = make_plan(a.shape, k, element_size(a.dtype), 1);
   p.slots = std::min(p.slots, kSlots);
@@ -240,19 +241,18 @@ void train(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor
   pool.finish();
 }
 
-void backward(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tensor mean,
-              Tensor var, OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
-              int64_t activation, bool batch_stats, Tensor input, Tensor weight, int64_t stride,
-              int64_t pad_top, int64_t pad_left, OptionalTensor prologue_scale,
-              OptionalTensor prologue_shift, int64_t prologue_activation,
-              OptionalTensor grad_input, OptionalTensor grad_weight, Tensor grad_bn_weight,
-              Tensor grad_bn_bias, OptionalTensor grad_prologue_scale,
+void backward(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tensor mean, Tensor var,
+              OptionalTensor bn_weight, OptionalTensor bn_bias, double eps, int64_t activation,
+              bool batch_stats, Tensor input, Tensor weight, int64_t stride, int64_t pad_top,
+              int64_t pad_left, OptionalTensor prologue_scale, OptionalTensor prologue_shift,
+              int64_t prologue_activation, OptionalTensor grad_input, OptionalTensor grad_weight,
+              Tensor grad_bn_weight, Tensor grad_bn_bias, OptionalTensor grad_prologue_scale,
               OptionalTensor grad_prologue_shift) {
   const DepthwiseBackward a = check_depthwise_backward(
       grad_output, grad_pooled, conv, mean, var, bn_weight, bn_bias, eps, activation, batch_stats,
-      input, weight, stride, pad_top, pad_left, prologue_scale, prologue_shift,
-      prologue_activation, grad_input, grad_weight, grad_bn_weight, grad_bn_bias,
-      grad_prologue_scale, grad_prologue_shift);
+      input, weight, stride, pad_top, pad_left, prologue_scale, prologue_shift, prologue_activation,
+      grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
+      grad_prologue_shift);
   const DepthwiseKernels& k = kernels_for(a.dtype);
   DepthwisePlan p = make_plan(a.shape, k, element_size(a.dtype), 2);
   p.slots = std::min(p.slots, kSlots);

@@ -10,10 +10,10 @@
 namespace effnet {
 
 // How a call is cut into items. Channels are taken in vectors of `lanes`, vectors in blocks. Each
-// image is cut into bands of output rows and strips of output columns, and these units, in the order
-// (image, band, strip), are grouped into slots. An item is one block of one slot; items are numbered
-// block * slots + slot. All of it depends on the shape and the instruction set only, never on the
-// number of threads, and so does every rounding.
+// image is cut into bands of output rows and strips of output columns, and these units, in the
+// order (image, band, strip), are grouped into slots. An item is one block of one slot; items are
+// numbered slot * blocks + block. All of it depends on the shape and the instruction set only,
+// never on the number of threads, and so does every rounding.
 struct DepthwisePlan {
   int lanes;
   int vectors;
@@ -29,8 +29,8 @@ struct DepthwisePlan {
   int padded_channels() const { return vectors * lanes; }
 };
 
-// Work on items [begin, end). `scratch` is this thread's. The partial results of slot i, `rows` values
-// a channel, are at partials + i * rows * padded_channels, in the accumulate dtype.
+// Work on items [begin, end). `scratch` is this thread's. The partial results of slot i, `rows`
+// values a channel, are at partials + i * rows * padded_channels, in the accumulate dtype.
 struct DepthwiseKernels {
   int lanes;
   int registers;
@@ -40,7 +40,8 @@ struct DepthwiseKernels {
   void (*inference)(const DepthwiseInference&, const DepthwisePlan&, int64_t begin, int64_t end,
                     void* scratch, void* pooled);
 
-  // The convolution, and with batch statistics per slot (mean in two parts, sum of squared deviations).
+  // The convolution, and with batch statistics per slot (sum of conv, what rounding took from it,
+  // sum of squared deviations from the mean).
   void (*convolve)(const DepthwiseTraining&, const DepthwisePlan&, int64_t begin, int64_t end,
                    void* scratch, void* partials);
   // The statistics of a block from those of its slots.

@@ -1,8 +1,8 @@
 // The kernels of the depthwise op, compiled once for each instruction set.
 //
-// Rows of the input are widened to float32 (through the prologue, where there is one) into a ring of
-// k rows, vector by vector: element (v, x) of a row, a vector of `lanes` channels, is at
-// (v * columns + x) * lanes, with the zero padding in place. So each input element is converted once,
+// Rows of the input are widened to float32 (through the prologue, where there is one) into a ring
+// of k rows, vector by vector: element (v, x) of a row, a vector of `lanes` channels, is at (v *
+// columns + x) * lanes, with the zero padding in place. So each input element is converted once,
 // the inner loops see aligned float32 with no borders, and a block's ring stays in L1:
 //
 //   input (N, H, W, C) --load_rows--> ring [k][v][x] --correlate--> row [v][x] --> BN, activation,
@@ -49,6 +49,7 @@ EFFNET_INLINE Unit unit_at(const DepthwiseShape& s, const DepthwisePlan& p, int6
 
 // The channels of one block.
 struct Block {
+  int index;
   int vectors;
   int64_t channel;    // the first one
   int last_channels;  // channels in the last vector
@@ -57,7 +58,7 @@ struct Block {
 EFFNET_INLINE Block block_at(const DepthwiseShape& s, const DepthwisePlan& p, int index) {
   const int first = index * p.block_vectors;
   const int vectors = lesser(p.block_vectors, p.vectors - first);
-  return {vectors, int64_t{first} * p.lanes,
+  return {index, vectors, int64_t{first} * p.lanes,
           lesser(p.lanes, s.channels - (first + vectors - 1) * p.lanes)};
 }
 
@@ -83,7 +84,7 @@ void correlate(typename S::Scalar* out, int out_columns, const typename S::Scala
         for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
         EFFNET_UNROLL
         for (int q = 0; q < (Tile - 1) * Stride + K; ++q) {
-          const V value = S::load(in + q * L);
+          const V value = S::load_once(in + q * L);
           EFFNET_UNROLL
           for (int j = 0; j < K; ++j) {
             const int t = q - j;
@@ -123,7 +124,7 @@ void transpose(typename S::Scalar* out, int out_columns, const typename S::Scala
         for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
         EFFNET_UNROLL
         for (int q = 0; q < Halo + Tile / Stride; ++q) {
-          const V value = S::load(in + q * L);
+          const V value = S::load_once(in + q * L);
           EFFNET_UNROLL
           for (int j = 0; j < K; ++j) {
             const int t = (q - Halo) * Stride + j;
@@ -138,7 +139,8 @@ void transpose(typename S::Scalar* out, int out_columns, const typename S::Scala
   }
 }
 
-// sums[i][j] += sum over x < count of grad[x] * rows[i][x * stride + j], for Rows rows from `first`.
+// sums[i][j] += sum over x < count of grad[x] * rows[i][x * stride + j], for Rows rows from
+// `first`.
 template <class S, int K, int Stride, int Rows>
 EFFNET_INLINE void correlate_rows_with_gradient(typename S::Scalar* sums,
                                                 const typename S::Scalar* grad, int count,
@@ -314,34 +316,57 @@ void pack_channels(F* to, const ChannelVector& x, F absent, const DepthwisePlan&
   for (int64_t i = channels; i < int64_t{b.vectors} * p.lanes; ++i) to[i] = F(0);
 }
 
-// BN of a block: conv * scale + shift, or (conv - mean) * scale + bias.
+// A thread packs what belongs to a block when it first meets it, and keeps it for all later items.
+template <class F>
+class PackedOnce {
+ public:
+  PackedOnce(Scratch<F>& scratch, const DepthwisePlan& p) : packed_(scratch.take(p.blocks)) {
+    for (int i = 0; i < p.blocks; ++i) packed_[i] = F(0);
+  }
+  EFFNET_INLINE bool first_time(const Block& b) const {
+    const bool first = packed_[b.index] == F(0);
+    packed_[b.index] = F(1);
+    return first;
+  }
+
+ private:
+  F* packed_;
+};
+
+// BN: conv * scale + shift, or (conv - mean) * scale + bias. After start_block the pointers are to
+// the block's channels.
 template <class F>
 struct PackedBatchNorm {
-  F *mean, *invstd, *scale, *bias, *shift;
+  F *mean, *invstd, *scale, *bias;
 
-  static constexpr int kVectors = 5;
+  static constexpr int kVectors = 4;
 
-  PackedBatchNorm(Scratch<F>& scratch, int64_t size)
-      : mean(scratch.take(size)),
-        invstd(scratch.take(size)),
-        scale(scratch.take(size)),
-        bias(scratch.take(size)),
-        shift(scratch.take(size)) {}
+  PackedBatchNorm(Scratch<F>& scratch, const DepthwisePlan& p)
+      : once_(scratch, p), all_(scratch.take(p.padded_channels() * kVectors)) {}
 
   void start_block(const BatchNorm& bn, const DepthwisePlan& p, const Block& b) {
+    const int64_t size = int64_t{b.vectors} * p.lanes;
+    mean = all_ + b.channel * kVectors;
+    invstd = mean + size;
+    scale = invstd + size;
+    bias = scale + size;
+    if (!once_.first_time(b)) return;
     pack_channels(mean, bn.mean, F(0), p, b);
     pack_channels(invstd, bn.var, F(1), p, b);
     pack_channels(scale, bn.weight, F(1), p, b);
     pack_channels(bias, bn.bias, F(0), p, b);
-    const F eps = static_cast<F>(bn.eps);
     // No further than the last channel: eps may be 0, and so are the padding's variances.
-    for (int64_t i = 0; i < block_channels(p, b); ++i) {
-      invstd[i] = F(1) / std::sqrt(invstd[i] + eps);
-      scale[i] *= invstd[i];
-      shift[i] = bias[i] - mean[i] * scale[i];
+    const int64_t channels = block_channels(p, b);
+    for (int64_t i = 0; i < channels; ++i) {
+      const double inverse = 1 / std::sqrt(invstd[i] + bn.eps);
+      invstd[i] = static_cast<F>(inverse);
+      scale[i] = static_cast<F>(scale[i] * inverse);
     }
-    for (int64_t i = block_channels(p, b); i < int64_t{b.vectors} * p.lanes; ++i) shift[i] = F(0);
   }
+
+ private:
+  PackedOnce<F> once_;
+  F* all_;
 };
 
 // ---- Rows of tensors. ----
@@ -423,6 +448,83 @@ EFFNET_INLINE void for_each_vector(const Block& b, int lanes, const Body& body) 
   if (!full) body(whole, Bool<true>{});
 }
 
+// Calls body(x, part) for x in [0, count). Sums kept in `kParts` parts do not wait for each other's
+// additions, and lose less to rounding.
+constexpr int kParts = 4;
+
+template <class Body>
+EFFNET_INLINE void for_each_column(int count, const Body& body) {
+  int x = 0;
+  for (; x + kParts <= count; x += kParts) {
+    EFFNET_UNROLL
+    for (int part = 0; part < kParts; ++part) body(x + part, part);
+  }
+  if (x < count) body(x, 0);
+  if (x + 1 < count) body(x + 1, 1);
+  if (x + 2 < count) body(x + 2, 2);
+}
+
+template <class S>
+struct Parts {
+  typename S::V part[kParts];
+  // GCC would compile an implicit constructor for the translation unit's own target.
+  EFFNET_INLINE Parts() : part{S::set(0.f), S::set(0.f), S::set(0.f), S::set(0.f)} {}
+  EFFNET_INLINE typename S::V sum() const { return (part[0] + part[1]) + (part[2] + part[3]); }
+};
+
+// sum + lost is the exact total but for second-order errors, whatever the size of the summands
+// (Knuth's TwoSum).
+template <class S>
+struct ExactSum {
+  using V = typename S::V;
+  V sum, lost;
+  EFFNET_INLINE ExactSum() : sum(S::set(0.f)), lost(S::set(0.f)) {}
+  EFFNET_INLINE ExactSum(V s, V l) : sum(s), lost(l) {}
+  EFFNET_INLINE void add(V x) {
+    const V next = sum + x, part = next - sum;
+    lost = lost + ((sum - (next - part)) + (x - part));
+    sum = next;
+  }
+  EFFNET_INLINE void add(const ExactSum& x) {
+    add(x.sum);
+    lost = lost + x.lost;
+  }
+};
+
+// Sums over many rows, one for each of the block's vectors.
+template <class S>
+class RowSums {
+ public:
+  using F = typename S::Scalar;
+  using V = typename S::V;
+
+  RowSums(Scratch<F>& scratch, const DepthwisePlan& p)
+      : sums_(scratch.take(int64_t{p.block_vectors} * S::lanes)),
+        lost_(scratch.take(int64_t{p.block_vectors} * S::lanes)) {}
+
+  void clear(int vectors) {
+    for (int v = 0; v < vectors; ++v) {
+      S::store(sums_ + v * S::lanes, S::set(0.f));
+      S::store(lost_ + v * S::lanes, S::set(0.f));
+    }
+  }
+
+  template <class X>
+  EFFNET_INLINE void add(int v, const X& x) {
+    ExactSum<S> sum(S::load(sums_ + v * S::lanes), S::load(lost_ + v * S::lanes));
+    sum.add(x);
+    S::store(sums_ + v * S::lanes, sum.sum);
+    S::store(lost_ + v * S::lanes, sum.lost);
+  }
+
+  EFFNET_INLINE V operator[](int v) const { return S::load(sums_ + v * S::lanes); }
+  EFFNET_INLINE const F* data() const { return sums_; }
+  EFFNET_INLINE const F* lost() const { return lost_; }
+
+ private:
+  F *sums_, *lost_;
+};
+
 // Calls body(activation) with the activation as a compile-time constant.
 template <Activation A>
 struct Constant {
@@ -485,14 +587,13 @@ void load_row_through_prologue(typename Simd<T>::Scalar* row, const T* from, int
 
 // Rows of the input up to `end`, into the ring.
 template <class T>
-void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShape& s,
-               const Unit& u, const Block& b,
-               const PackedPrologue<typename Simd<T>::Scalar>& prologue, Activation activation) {
+void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShape& s, const Unit& u,
+               const Block& b, const PackedPrologue<typename Simd<T>::Scalar>& prologue,
+               Activation activation) {
   const Columns& c = ring.columns;
   for (; ring.next < end; ++ring.next) {
-    const T* from = input +
-                    ((u.n * s.in_h + ring.next) * s.in_w + c.origin + c.lo) * s.channels +
-                    b.channel;
+    const T* from =
+        input + ((u.n * s.in_h + ring.next) * s.in_w + c.origin + c.lo) * s.channels + b.channel;
     auto* row = ring.row(ring.next, b.vectors);
     if (prologue.present) {
       load_row_through_prologue<T>(row, from, s.channels, c, b, prologue, activation);
@@ -504,37 +605,40 @@ void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShap
 
 // ---- The forward convolution of a block of a unit. ----
 
-// Scratch of a thread for the convolution: the ring, one row of results, the block's weight and
-// prologue.
+// What a thread needs for the convolution: the ring, one row of results, the packed weights and
+// prologues.
 template <class T>
 struct Convolution {
   using S = Simd<T>;
   using F = typename S::Scalar;
 
   Convolution(const DepthwiseShape& shape, const DepthwisePlan& plan, Scratch<F>& scratch)
-      : s(shape), p(plan), loops(loops_for<S>(shape, plan)) {
+      : s(shape), p(plan), loops(loops_for<S>(shape, plan)), once(scratch, plan) {
     const int64_t vectors = int64_t{p.block_vectors} * S::lanes;
     out_columns = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     in_columns = (out_columns - 1) * s.stride + s.kernel;
     ring.data = scratch.take(vectors * in_columns * s.kernel);
     ring.depth = s.kernel;
     row = scratch.take(vectors * out_columns);
-    weight = scratch.take(vectors * s.kernel * s.kernel);
-    prologue.scale = scratch.take(vectors);
-    prologue.shift = scratch.take(vectors);
+    all_weights = scratch.take(int64_t{p.padded_channels()} * (s.kernel * s.kernel + 2));
   }
 
   static int64_t scratch_size(const DepthwiseShape& s, const DepthwisePlan& p) {
     const int64_t out = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     return int64_t{p.block_vectors} * S::lanes *
-           (((out - 1) * s.stride + s.kernel) * s.kernel + out + s.kernel * s.kernel + 2);
+               (((out - 1) * s.stride + s.kernel) * s.kernel + out) +
+           int64_t{p.padded_channels()} * (s.kernel * s.kernel + 2);
   }
 
   void start_block(const Block& block, const T* weights, const Prologue& pro) {
     b = block;
-    pack_weight(weight, weights, s.kernel * s.kernel, p, b);
-    prologue.present = pro.scale != nullptr;
+    const int taps = s.kernel * s.kernel;
+    const int64_t size = int64_t{b.vectors} * S::lanes;
+    weight = all_weights + b.channel * (taps + 2);
+    prologue = {weight + size * taps, weight + size * (taps + 1), pro.scale != nullptr};
     activation = pro.activation;
+    if (!once.first_time(b)) return;
+    pack_weight(weight, weights, taps, p, b);
     if (prologue.present) {
       pack_vector(prologue.scale, static_cast<const F*>(pro.scale), p, b);
       pack_vector(prologue.shift, static_cast<const F*>(pro.shift), p, b);
@@ -563,6 +667,8 @@ struct Convolution {
   DepthwiseShape s;
   DepthwisePlan p;
   Loops<S> loops;
+  PackedOnce<F> once;
+  F* all_weights;
   Block b;
   int out_columns, in_columns;
   Ring<S> ring;
@@ -572,15 +678,12 @@ struct Convolution {
   Activation activation;
 };
 
-// Calls body(block, first slot, last slot + 1) for the blocks that items [begin, end) touch.
+// Calls body(block, slot) for items [begin, end).
 template <class Body>
-EFFNET_INLINE void for_each_block(const DepthwisePlan& p, int64_t begin, int64_t end,
-                                  const Body& body) {
-  while (begin < end) {
-    const int64_t block = begin / p.slots, first = begin % p.slots;
-    const int64_t last = p.slots - first < end - begin ? p.slots : first + (end - begin);
-    body(static_cast<int>(block), first, last);
-    begin += last - first;
+EFFNET_INLINE void for_each_item(const DepthwisePlan& p, int64_t begin, int64_t end,
+                                 const Body& body) {
+  for (int64_t item = begin; item < end; ++item) {
+    body(static_cast<int>(item % p.blocks), item / p.blocks);
   }
 }
 
@@ -612,20 +715,21 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
   using V = typename S::V;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
+  const int64_t channels = s.channels;
   const T* input = static_cast<const T*>(a.input);
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
-  PackedBatchNorm<F> bn(scratch, int64_t{p.block_vectors} * L);
-  F* sums = scratch.take(int64_t{p.block_vectors} * L);
+  PackedBatchNorm<F> bn(scratch, p);
+  RowSums<S> sums(scratch, p);
 
-  for_each_block(p, begin, end, [&](int block, int64_t first, int64_t last) {
+  for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
     conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
     bn.start_block(a.bn, p, b);
-    for (int64_t unit = first_unit(s, p, first); unit < first_unit(s, p, last); ++unit) {
+    for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
       const int count = u.ow1 - u.ow0;
-      clear(sums, int64_t{b.vectors} * L);
+      sums.clear(b.vectors);
       conv.run(u, input, [&](int oh) {
         T* output = static_cast<T*>(a.output) +
                     ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
@@ -633,19 +737,20 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
           for_each_vector(b, L, [&](int v, auto partial) {
             const F* from = conv.row + int64_t{v} * conv.out_columns * L;
             T* to = output + v * L;
-            const V scale = S::load(bn.scale + v * L), shift = S::load(bn.shift + v * L);
-            V sum = S::set(0.f);
-            for (int x = 0; x < count; ++x, from += L, to += s.channels) {
-              const V y =
-                  activate<S>(decltype(act)::value, S::fma(S::load(from), scale, shift));
-              sum = sum + y;
-              store_channels<T, decltype(partial)::value>(to, y, b.last_channels);
-            }
-            S::store(sums + v * L, S::load(sums + v * L) + sum);
+            const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
+            const V bias = S::load(bn.bias + v * L);
+            Parts<S> sum;
+            for_each_column(count, [&](int x, int part) {
+              const V z = S::load(from + int64_t{x} * L);
+              const V y = activate<S>(decltype(act)::value, S::fma(z - mean, scale, bias));
+              sum.part[part] = sum.part[part] + y;
+              store_channels<T, decltype(partial)::value>(to + x * channels, y, b.last_channels);
+            });
+            sums.add(v, sum.sum());
           });
         });
       });
-      if (pooled != nullptr) store_pooled(pooled, sums, unit, s, p, b);
+      if (pooled != nullptr) store_pooled(pooled, sums.data(), unit, s, p, b);
     }
   });
 }
@@ -660,69 +765,66 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
   using V = typename S::V;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
+  const int64_t channels = s.channels;
   const T* input = static_cast<const T*>(a.input);
   const int64_t padded = p.padded_channels();
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
-  // The mean so far is mean + rest: what float32 alone would lose at each row.
-  F* mean = scratch.take(int64_t{p.block_vectors} * L);
-  F* rest = scratch.take(int64_t{p.block_vectors} * L);
-  F* squares = scratch.take(int64_t{p.block_vectors} * L);
+  RowSums<S> totals(scratch, p);
+  RowSums<S> squares(scratch, p);
 
-  for_each_block(p, begin, end, [&](int block, int64_t first, int64_t last) {
+  for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
     conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
-    for (int64_t slot = first; slot < last; ++slot) {
-      int64_t total = 0;
-      clear(mean, int64_t{b.vectors} * L);
-      clear(rest, int64_t{b.vectors} * L);
-      clear(squares, int64_t{b.vectors} * L);
-      for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
-        const Unit u = unit_at(s, p, unit);
-        const int count = u.ow1 - u.ow0;
-        conv.run(u, input, [&](int oh) {
-          T* output = static_cast<T*>(a.conv) +
-                      ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
-          const bool start = total == 0;
-          const V before = S::set(static_cast<F>(total));
-          total += count;
-          const V inverse = S::set(F(1) / static_cast<F>(total));
-          for_each_vector(b, L, [&](int v, auto partial) {
-            const F* from = conv.row + int64_t{v} * conv.out_columns * L;
-            T* to = output + v * L;
-            // Deviations from the mean so far: exact enough when it is far from zero. The first
-            // row's are from its middle, since the border sees zeros.
-            const V origin = start ? S::load(from + int64_t{count} / 2 * L) : S::load(mean + v * L);
-            V sum = S::set(0.f), square = S::set(0.f);
-            for (int x = 0; x < count; ++x, from += L, to += s.channels) {
-              const V z = S::load(from);
-              store_channels<T, decltype(partial)::value>(to, z, b.last_channels);
-              const V d = z - origin;
-              sum = sum + d;
-              square = S::fma(d, d, square);
-            }
-            const V step = S::fma(S::load(rest + v * L), before, sum) * inverse;
-            const V next = origin + step;
-            S::store(mean + v * L, next);
-            S::store(rest + v * L, step - (next - origin));
-            S::store(squares + v * L, S::load(squares + v * L) + (square - sum * step));
+    int64_t total = 0;
+    totals.clear(b.vectors);
+    squares.clear(b.vectors);
+    for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
+      const Unit u = unit_at(s, p, unit);
+      const int count = u.ow1 - u.ow0;
+      conv.run(u, input, [&](int oh) {
+        T* output = static_cast<T*>(a.conv) +
+                    ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
+        const bool start = total == 0;
+        const V before = S::set(start ? F(1) : F(1) / static_cast<F>(total));
+        total += count;
+        const V inverse = S::set(F(1) / static_cast<F>(total));
+        const V columns = S::set(static_cast<F>(-count));
+        for_each_vector(b, L, [&](int v, auto partial) {
+          const F* from = conv.row + int64_t{v} * conv.out_columns * L;
+          T* to = output + v * L;
+          // Deviations from the mean so far: exact enough when it is far from zero. The first
+          // row's are from its middle, since the border sees zeros.
+          const V origin = start ? S::load(from + int64_t{count} / 2 * L) : totals[v] * before;
+          Parts<S> products;
+          ExactSum<S> sum_z[kParts];
+          for_each_column(count, [&](int x, int part) {
+            const V z = S::load(from + int64_t{x} * L);
+            store_channels<T, decltype(partial)::value>(to + x * channels, z, b.last_channels);
+            const V d = z - origin;
+            products.part[part] = S::fma(d, d, products.part[part]);
+            sum_z[part].add(z);
           });
+          EFFNET_UNROLL
+          for (int part = 1; part < kParts; ++part) sum_z[0].add(sum_z[part]);
+          const V sum = S::fma(origin, columns, sum_z[0].sum), square = products.sum();
+          totals.add(v, sum_z[0]);
+          squares.add(v, square - sum * sum * inverse);
         });
-      }
-      if (a.batch_stats) {
-        F* to = static_cast<F*>(partials) + slot * kStatisticsRows * padded + b.channel;
-        for (int64_t i = 0; i < int64_t{b.vectors} * L; ++i) {
-          to[i] = mean[i];
-          to[padded + i] = rest[i];
-          to[2 * padded + i] = squares[i];
-        }
+      });
+    }
+    if (a.batch_stats) {
+      F* to = static_cast<F*>(partials) + slot * kStatisticsRows * padded + b.channel;
+      for (int64_t i = 0; i < int64_t{b.vectors} * L; ++i) {
+        to[i] = totals.data()[i];
+        to[padded + i] = totals.lost()[i];
+        to[2 * padded + i] = squares.data()[i];
       }
     }
   });
 }
 
-EFFNET_INLINE int64_t slot_elements(const DepthwiseShape& s, const DepthwisePlan& p,
-                                    int64_t slot) {
+EFFNET_INLINE int64_t slot_elements(const DepthwiseShape& s, const DepthwisePlan& p, int64_t slot) {
   int64_t count = 0;
   for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
     const Unit u = unit_at(s, p, unit);
@@ -748,7 +850,7 @@ void merge_statistics(const DepthwiseTraining& a, const DepthwisePlan& p, int bl
       const double more = static_cast<double>(slot_elements(s, p, slot));
       const double part = more / (count + more);
       for (int i = 0; i < L; ++i) {
-        const double delta = double{from[i]} + from[padded + i] - mean[i];
+        const double delta = (double{from[i]} + from[padded + i]) / more - mean[i];
         squares[i] += from[2 * padded + i] + delta * delta * count * part;
         mean[i] += delta * part;
       }
@@ -770,20 +872,20 @@ void normalize(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin
   using V = typename S::V;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
+  const int64_t channels = s.channels;
   Scratch<F> scratch(memory);
-  PackedBatchNorm<F> bn(scratch, int64_t{p.block_vectors} * L);
-  F* sums = scratch.take(int64_t{p.block_vectors} * L);
+  PackedBatchNorm<F> bn(scratch, p);
+  RowSums<S> sums(scratch, p);
 
-  for_each_block(p, begin, end, [&](int block, int64_t first, int64_t last) {
+  for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
     bn.start_block(a.bn, p, b);
-    for (int64_t unit = first_unit(s, p, first); unit < first_unit(s, p, last); ++unit) {
+    for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
       const int count = u.ow1 - u.ow0;
-      clear(sums, int64_t{b.vectors} * L);
+      sums.clear(b.vectors);
       for (int oh = u.oh0; oh < u.oh1; ++oh) {
-        const int64_t offset =
-            ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
+        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
         with_activation(a.activation, [&](auto act) {
           for_each_vector(b, L, [&](int v, auto partial) {
             constexpr bool Partial = decltype(partial)::value;
@@ -791,18 +893,18 @@ void normalize(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin
             T* to = static_cast<T*>(a.output) + offset + v * L;
             const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
             const V bias = S::load(bn.bias + v * L);
-            V sum = S::set(0.f);
-            for (int x = 0; x < count; ++x, from += s.channels, to += s.channels) {
-              const V z = load_channels<T, Partial>(from, b.last_channels);
+            Parts<S> sum;
+            for_each_column(count, [&](int x, int part) {
+              const V z = load_channels<T, Partial>(from + x * channels, b.last_channels);
               const V y = activate<S>(decltype(act)::value, S::fma(z - mean, scale, bias));
-              sum = sum + y;
-              store_channels<T, Partial>(to, y, b.last_channels);
-            }
-            S::store(sums + v * L, S::load(sums + v * L) + sum);
+              sum.part[part] = sum.part[part] + y;
+              store_channels<T, Partial>(to + x * channels, y, b.last_channels);
+            });
+            sums.add(v, sum.sum());
           });
         });
       }
-      if (pooled != nullptr) store_pooled(pooled, sums, unit, s, p, b);
+      if (pooled != nullptr) store_pooled(pooled, sums.data(), unit, s, p, b);
     }
   });
 }
@@ -828,85 +930,87 @@ void reduce(const DepthwiseBackward& a, const DepthwisePlan& p, int64_t begin, i
   using V = typename S::V;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
+  const int64_t channels = s.channels;
   const int64_t padded = p.padded_channels();
   Scratch<F> scratch(memory);
-  PackedBatchNorm<F> bn(scratch, int64_t{p.block_vectors} * L);
+  PackedBatchNorm<F> bn(scratch, p);
   F* grad_pooled = scratch.take(int64_t{p.block_vectors} * L);
-  F* sums = scratch.take(int64_t{p.block_vectors} * L * kBnGradientRows);
+  RowSums<S> sums(scratch, p), products(scratch, p);
 
-  for_each_block(p, begin, end, [&](int block, int64_t first, int64_t last) {
+  for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
     bn.start_block(a.bn, p, b);
-    for (int64_t slot = first; slot < last; ++slot) {
-      clear(sums, int64_t{b.vectors} * L * kBnGradientRows);
-      for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
-        const Unit u = unit_at(s, p, unit);
-        const int count = u.ow1 - u.ow0;
-        pack_grad_pooled(grad_pooled, a, u.n, p, b);
-        for (int oh = u.oh0; oh < u.oh1; ++oh) {
-          const int64_t offset =
-              ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
-          with_activation(a.activation, [&](auto act) {
-            for_each_vector(b, L, [&](int v, auto partial) {
-              constexpr bool Partial = decltype(partial)::value;
-              const T* z_from = static_cast<const T*>(a.conv) + offset + v * L;
-              const T* g_from = static_cast<const T*>(a.grad_output) + offset + v * L;
-              const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
-              const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
-              V sum = S::set(0.f), product = S::set(0.f);
-              for (int x = 0; x < count; ++x, z_from += s.channels, g_from += s.channels) {
-                const V d = load_channels<T, Partial>(z_from, b.last_channels) - mean;
-                const V g = load_channels<T, Partial>(g_from, b.last_channels) + more;
-                const V du =
-                    g * activate_grad<S>(decltype(act)::value, S::fma(d, scale, bias));
-                sum = sum + du;
-                product = S::fma(du, d, product);
-              }
-              F* to = sums + v * L * kBnGradientRows;
-              S::store(to, S::load(to) + sum);
-              S::store(to + L, S::load(to + L) + product);
+    sums.clear(b.vectors);
+    products.clear(b.vectors);
+    for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
+      const Unit u = unit_at(s, p, unit);
+      const int count = u.ow1 - u.ow0;
+      pack_grad_pooled(grad_pooled, a, u.n, p, b);
+      for (int oh = u.oh0; oh < u.oh1; ++oh) {
+        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
+        with_activation(a.activation, [&](auto act) {
+          for_each_vector(b, L, [&](int v, auto partial) {
+            constexpr bool Partial = decltype(partial)::value;
+            const T* z_from = static_cast<const T*>(a.conv) + offset + v * L;
+            const T* g_from = static_cast<const T*>(a.grad_output) + offset + v * L;
+            const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
+            const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
+            Parts<S> sum, product;
+            for_each_column(count, [&](int x, int part) {
+              const int64_t at = x * channels;
+              const V d = load_channels<T, Partial>(z_from + at, b.last_channels) - mean;
+              const V g = load_channels<T, Partial>(g_from + at, b.last_channels) + more;
+              const V du = g * activate_grad<S>(decltype(act)::value, S::fma(d, scale, bias));
+              sum.part[part] = sum.part[part] + du;
+              product.part[part] = S::fma(du, d, product.part[part]);
             });
+            sums.add(v, sum.sum());
+            products.add(v, product.sum());
           });
-        }
+        });
       }
-      F* to = static_cast<F*>(partials) + slot * kBnGradientRows * padded + b.channel;
-      for (int v = 0; v < b.vectors; ++v) {
-        S::store(to + v * L, S::load(sums + v * L * kBnGradientRows));
-        S::store(to + padded + v * L, S::load(sums + v * L * kBnGradientRows + L));
-      }
+    }
+    F* to = static_cast<F*>(partials) + slot * kBnGradientRows * padded + b.channel;
+    for (int v = 0; v < b.vectors; ++v) {
+      S::store(to + v * L, sums[v]);
+      S::store(to + padded + v * L, products[v]);
     }
   });
 }
 
-// The sums over all slots of row `row`, for the `lanes` channels from c on.
-template <class F, int L>
-EFFNET_INLINE void sum_slots(F* to, const void* partials, int rows, int row, int64_t c,
-                             const DepthwisePlan& p) {
-  double total[L] = {};
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
-    const F* from = static_cast<const F*>(partials) + (slot * rows + row) * p.padded_channels() + c;
-    for (int i = 0; i < L; ++i) total[i] += from[i];
+// The sums over all slots of row `row`, for the vector of channels from c on.
+template <class S>
+struct SlotSums {
+  double total[S::lanes];
+
+  EFFNET_INLINE SlotSums(const void* partials, int rows, int row, int64_t c,
+                         const DepthwisePlan& p) {
+    for (int i = 0; i < S::lanes; ++i) total[i] = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot) {
+      const auto* from = static_cast<const typename S::Scalar*>(partials) +
+                         (slot * rows + row) * p.padded_channels() + c;
+      for (int i = 0; i < S::lanes; ++i) total[i] += from[i];
+    }
   }
-  for (int i = 0; i < L; ++i) to[i] = static_cast<F>(total[i]);
-}
+};
 
 template <class T>
 void merge_bn_gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int block,
                         const void* partials) {
-  using F = typename Simd<T>::Scalar;
-  constexpr int L = Simd<T>::lanes;
+  using S = Simd<T>;
+  using F = typename S::Scalar;
   const Block b = block_at(a.shape, p, block);
   for (int v = 0; v < b.vectors; ++v) {
-    const int64_t c = b.channel + v * L;
-    const int channels = v == b.vectors - 1 ? b.last_channels : L;
-    F sum[L], product[L], var[L];
-    sum_slots<F, L>(sum, partials, kBnGradientRows, 0, c, p);
-    sum_slots<F, L>(product, partials, kBnGradientRows, 1, c, p);
-    pack_channels(var, a.bn.var, F(1), p, Block{1, c, channels});
+    const int64_t c = b.channel + v * S::lanes;
+    const int channels = v == b.vectors - 1 ? b.last_channels : S::lanes;
+    const SlotSums<S> sum(partials, kBnGradientRows, 0, c, p);
+    const SlotSums<S> product(partials, kBnGradientRows, 1, c, p);
+    F var[S::lanes];
+    pack_channels(var, a.bn.var, F(1), p, Block{0, 1, c, channels});
     for (int i = 0; i < channels; ++i) {
-      static_cast<F*>(a.grad_bn_bias)[c + i] = sum[i];
+      static_cast<F*>(a.grad_bn_bias)[c + i] = static_cast<F>(sum.total[i]);
       static_cast<F*>(a.grad_bn_weight)[c + i] =
-          product[i] / std::sqrt(var[i] + static_cast<F>(a.bn.eps));
+          static_cast<F>(product.total[i] / std::sqrt(var[i] + a.bn.eps));
     }
   }
 }
@@ -940,8 +1044,14 @@ struct Gradients {
   static constexpr int L = S::lanes;
 
   Gradients(const DepthwiseBackward& args, const DepthwisePlan& plan, void* memory)
-      : a(args), s(args.shape), p(plan), scratch(memory), conv(args.shape, plan, scratch),
-        bn(scratch, int64_t{plan.block_vectors} * L) {
+      : a(args),
+        s(args.shape),
+        p(plan),
+        scratch(memory),
+        conv(args.shape, plan, scratch),
+        bn(scratch, plan),
+        scale_sums(scratch, plan),
+        shift_sums(scratch, plan) {
     const int64_t size = int64_t{p.block_vectors} * L;
     halo = (s.kernel - 1) / s.stride;
     grad_columns = grad_input_columns(s, p);
@@ -955,7 +1065,6 @@ struct Gradients {
     slope = scratch.take(size);
     grad_pooled = scratch.take(size);
     weight_sums = scratch.take(size * s.kernel * s.kernel);
-    prologue_sums = scratch.take(size * 2);
   }
 
   // The widest unit's columns of grad_input, plus those before its first tile boundary.
@@ -973,7 +1082,7 @@ struct Gradients {
     return Convolution<T>::scratch_size(s, p) +
            int64_t{p.block_vectors} * L *
                ((columns / s.stride + halo) * (halo + 1) + columns +
-                ((out - 1) * s.stride + s.kernel) + 9 + s.kernel * s.kernel);
+                ((out - 1) * s.stride + s.kernel) + 12 + s.kernel * s.kernel);
   }
 
   void run_dz_row(const Unit& u, int oh) {
@@ -990,8 +1099,7 @@ struct Gradients {
         const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
         const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
         const V subtract = S::load(constant + v * L), factor = S::load(slope + v * L);
-        for (int x = c.lo; x < c.hi;
-             ++x, z_from += s.channels, g_from += s.channels, to += L) {
+        for (int x = c.lo; x < c.hi; ++x, z_from += s.channels, g_from += s.channels, to += L) {
           const V d = load_channels<T, Partial>(z_from, b.last_channels) - mean;
           const V g = load_channels<T, Partial>(g_from, b.last_channels) + more;
           const V du = g * activate_grad<S>(decltype(act)::value, S::fma(d, scale, bias));
@@ -1023,6 +1131,7 @@ struct Gradients {
 
   // grad_input's row ih is in grad_row, from column iw0 - skip on.
   void emit_row(const Unit& u, int ih, int skip) {
+    const int64_t channels = s.channels;
     const int count = u.iw1 - u.iw0;
     const int64_t offset = ((u.n * s.in_h + ih) * s.in_w + u.iw0) * s.channels + b.channel;
     const PackedPrologue<F>& pro = conv.prologue;
@@ -1043,18 +1152,17 @@ struct Gradients {
         const T* in = static_cast<const T*>(a.input) + offset + v * L;
         T* to = static_cast<T*>(a.grad_input) + offset + v * L;
         const V scale = S::load(pro.scale + v * L), shift = S::load(pro.shift + v * L);
-        V sum = S::set(0.f), product = S::set(0.f);
-        for (int x = 0; x < count; ++x, from += L, in += s.channels, to += s.channels) {
-          const V value = load_channels<T, Partial>(in, b.last_channels);
-          const V dv = S::load(from) *
+        Parts<S> sum, product;
+        for_each_column(count, [&](int x, int part) {
+          const V value = load_channels<T, Partial>(in + x * channels, b.last_channels);
+          const V dv = S::load(from + int64_t{x} * L) *
                        activate_grad<S>(decltype(act)::value, S::fma(value, scale, shift));
-          product = S::fma(dv, value, product);
-          sum = sum + dv;
-          store_channels<T, Partial>(to, dv * scale, b.last_channels);
-        }
-        F* sums = prologue_sums + v * L * 2;
-        S::store(sums, S::load(sums) + product);
-        S::store(sums + L, S::load(sums + L) + sum);
+          product.part[part] = S::fma(dv, value, product.part[part]);
+          sum.part[part] = sum.part[part] + dv;
+          store_channels<T, Partial>(to + x * channels, dv * scale, b.last_channels);
+        });
+        scale_sums.add(v, product.sum());
+        shift_sums.add(v, sum.sum());
       });
     });
   }
@@ -1083,8 +1191,8 @@ struct Gradients {
           rows[row_count] = dz.row(oh, b.vectors);
           taps[row_count++] = i;
         }
-        conv.loops.transpose(grad_row, grad_columns, rows, taps, row_count, dz_columns,
-                             conv.weight, b.vectors);
+        conv.loops.transpose(grad_row, grad_columns, rows, taps, row_count, dz_columns, conv.weight,
+                             b.vectors);
         emit_row(u, ih, skip);
       }
     }
@@ -1094,26 +1202,24 @@ struct Gradients {
   void run(int64_t begin, int64_t end, void* partials) {
     const int taps = s.kernel * s.kernel;
     const int64_t padded = p.padded_channels();
-    for_each_block(p, begin, end, [&](int block, int64_t first, int64_t last) {
+    for_each_item(p, begin, end, [&](int block, int64_t slot) {
       b = block_at(s, p, block);
       conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
       bn.start_block(a.bn, p, b);
       pack_dz(constant, slope, bn, a, p, b);
-      for (int64_t slot = first; slot < last; ++slot) {
-        clear(weight_sums, int64_t{b.vectors} * L * taps);
-        clear(prologue_sums, int64_t{b.vectors} * L * 2);
-        for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
-          run_unit(unit_at(s, p, unit));
+      clear(weight_sums, int64_t{b.vectors} * L * taps);
+      scale_sums.clear(b.vectors);
+      shift_sums.clear(b.vectors);
+      for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
+        run_unit(unit_at(s, p, unit));
+      }
+      F* to = static_cast<F*>(partials) + slot * gradient_rows(s.kernel) * padded + b.channel;
+      for (int v = 0; v < b.vectors; ++v, to += L) {
+        for (int tap = 0; tap < taps; ++tap) {
+          S::store(to + tap * padded, S::load(weight_sums + (v * taps + tap) * L));
         }
-        F* to = static_cast<F*>(partials) + slot * gradient_rows(s.kernel) * padded + b.channel;
-        for (int v = 0; v < b.vectors; ++v, to += L) {
-          for (int tap = 0; tap < taps; ++tap) {
-            S::store(to + tap * padded, S::load(weight_sums + (v * taps + tap) * L));
-          }
-          for (int i = 0; i < 2; ++i) {
-            S::store(to + (taps + i) * padded, S::load(prologue_sums + (v * 2 + i) * L));
-          }
-        }
+        S::store(to + taps * padded, scale_sums[v]);
+        S::store(to + (taps + 1) * padded, shift_sums[v]);
       }
     });
   }
@@ -1124,11 +1230,12 @@ struct Gradients {
   Scratch<F> scratch;
   Convolution<T> conv;
   PackedBatchNorm<F> bn;
+  RowSums<S> scale_sums, shift_sums;
   Block b;
   int halo, grad_columns, dz_columns;
   Ring<S> dz;
   F *grad_row, *zeros;
-  F *constant, *slope, *grad_pooled, *weight_sums, *prologue_sums;
+  F *constant, *slope, *grad_pooled, *weight_sums;
 };
 
 template <class T>
@@ -1140,26 +1247,28 @@ void gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int64_t begin
 template <class T>
 void merge_gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int block,
                      const void* partials) {
-  using F = typename Simd<T>::Scalar;
-  constexpr int L = Simd<T>::lanes;
+  using S = Simd<T>;
+  using F = typename S::Scalar;
   const Block b = block_at(a.shape, p, block);
   const int taps = a.shape.kernel * a.shape.kernel, rows = gradient_rows(a.shape.kernel);
   for (int v = 0; v < b.vectors; ++v) {
-    const int64_t c = b.channel + v * L;
-    const int channels = v == b.vectors - 1 ? b.last_channels : L;
-    F sum[L];
+    const int64_t c = b.channel + v * S::lanes;
+    const int channels = v == b.vectors - 1 ? b.last_channels : S::lanes;
     if (a.grad_weight != nullptr) {
       T* to = static_cast<T*>(a.grad_weight) + c * taps;
       for (int tap = 0; tap < taps; ++tap) {
-        sum_slots<F, L>(sum, partials, rows, tap, c, p);
-        for (int i = 0; i < channels; ++i) to[i * taps + tap] = Round<T>::from(sum[i]);
+        const SlotSums<S> sum(partials, rows, tap, c, p);
+        for (int i = 0; i < channels; ++i) {
+          to[i * taps + tap] = Round<T>::from(static_cast<F>(sum.total[i]));
+        }
       }
     }
     if (a.grad_prologue_scale != nullptr) {
-      sum_slots<F, L>(sum, partials, rows, taps, c, p);
-      for (int i = 0; i < channels; ++i) static_cast<F*>(a.grad_prologue_scale)[c + i] = sum[i];
-      sum_slots<F, L>(sum, partials, rows, taps + 1, c, p);
-      for (int i = 0; i < channels; ++i) static_cast<F*>(a.grad_prologue_shift)[c + i] = sum[i];
+      const SlotSums<S> scale(partials, rows, taps, c, p), shift(partials, rows, taps + 1, c, p);
+      for (int i = 0; i < channels; ++i) {
+        static_cast<F*>(a.grad_prologue_scale)[c + i] = static_cast<F>(scale.total[i]);
+        static_cast<F*>(a.grad_prologue_shift)[c + i] = static_cast<F>(shift.total[i]);
+      }
     }
   }
 }
@@ -1168,25 +1277,19 @@ template <class T>
 size_t scratch_bytes(const DepthwiseShape& s, const DepthwisePlan& p) {
   using F = typename Simd<T>::Scalar;
   // Room for the pieces' rounding to cache lines, and for the per-channel values of any kernel.
-  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 16;
+  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 16 +
+                        int64_t{p.padded_channels()} * PackedBatchNorm<F>::kVectors + 2 * p.blocks;
   return static_cast<size_t>(Gradients<T>::scratch_size(s, p) + slack) * sizeof(F);
 }
 
 template <class T>
 const DepthwiseKernels* kernels_of() {
   using S = Simd<T>;
-  static constexpr DepthwiseKernels kernels = {S::lanes,
-                                               S::registers,
-                                               sizeof(typename S::Scalar),
-                                               inference<T>,
-                                               convolve<T>,
-                                               merge_statistics<T>,
-                                               normalize<T>,
-                                               reduce<T>,
-                                               merge_bn_gradients<T>,
-                                               gradients<T>,
-                                               merge_gradients<T>,
-                                               scratch_bytes<T>};
+  static constexpr DepthwiseKernels kernels = {
+      S::lanes,     S::registers,       sizeof(typename S::Scalar),
+      inference<T>, convolve<T>,        merge_statistics<T>,
+      normalize<T>, reduce<T>,          merge_bn_gradients<T>,
+      gradients<T>, merge_gradients<T>, scratch_bytes<T>};
   return &kernels;
 }
 

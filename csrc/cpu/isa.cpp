@@ -1,11 +1,11 @@
 #include "isa.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdlib>
 #include <string>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "../ops.h"
 
@@ -43,7 +43,8 @@ std::vector<Isa> supported() {
 
 std::string supported_names() {
   std::string names;
-  for (const Isa isa : supported()) names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
+  for (const Isa isa : supported())
+    names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
   return names;
 }
 

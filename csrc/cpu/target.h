@@ -1,11 +1,11 @@
 // Compiles the rest of a translation unit for one instruction set. A file defines one of
 //   EFFNET_TARGET_AVX512BF16, EFFNET_TARGET_AVX512, EFFNET_TARGET_AVX2, EFFNET_TARGET_BASELINE
-// includes this first, then the kernels' source, and ends with EFFNET_TARGET_END. EFFNET_ISA is then
-// the namespace that the kernels live in.
+// includes this first, then the kernels' source, and ends with EFFNET_TARGET_END. EFFNET_ISA is
+// then the namespace that the kernels live in.
 //
 // Everything that the kernels include from outside is included here, before the target changes, and
-// everything of ours has internal linkage: an inline function compiled for AVX-512 must never be the
-// one that the linker keeps for the whole library.
+// everything of ours has internal linkage: an inline function compiled for AVX-512 must never be
+// the one that the linker keeps for the whole library.
 #pragma once
 
 #include <cmath>
