@@ -25,11 +25,12 @@ def assert_error_rule(
 ) -> None:
     """``result`` is at most ``factor`` times as far from ``exact`` as ``eager`` is.
 
-    One rounding to ``dtype`` is always allowed: on a handful of values eager is now and then exact.
+    One rounding to ``dtype``, or the four of a few float32 operations, are always allowed: on a
+    handful of values eager is now and then exact.
     """
     assert result.shape == exact.shape, f"{name}: shape {result.shape}, expected {exact.shape}"
     assert torch.isfinite(result).all() or not torch.isfinite(exact).all(), f"{name}: not finite"
-    rounding = torch.finfo(dtype).eps
+    rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
     for kind, ours, theirs in zip(
         ("largest", "norm"),
         relative_errors(result, exact),

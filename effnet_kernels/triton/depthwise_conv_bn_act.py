@@ -152,7 +152,7 @@ def depthwise_conv_kernel(
     - p_output: act((conv - mean) / sqrt(var + eps) * bn_weight + bn_bias), and its sums p_pooled.
       Computed from the float32 conv, or from the stored one where p_conv is given.
     - p_conv: conv, rounded to its dtype.
-    - p_statistics: one row a program of the mean of the float32 conv and the sum of squares about
+    - p_statistics: one row a program of the mean of the stored conv and the sum of squares about
       it (M2). A tile's accumulators are still in registers when their mean is known, so its sums
       are taken about a center close to it, where float32 is enough; Chan's formula merges the
       tiles in float64.
@@ -208,6 +208,14 @@ def depthwise_conv_kernel(
                     if row - r * STRIDE >= 0 and row - r * STRIDE < KERNEL:
                         accumulators = add_product(accumulators, r, x, taps, row - r * STRIDE)
 
+        if p_conv is not None:
+            # What follows is of the conv that is stored: statistics of another one would not
+            # normalise it.
+            stored = ()
+            for r in tl.static_range(ROWS):
+                conv = accumulators[r].to(p_conv.dtype.element_ty).to(tl.float32)
+                stored = stored + (conv,)  # noqa: RUF005 (no unpacking in Triton)
+            accumulators = stored
         m_output = (o_w < OW)[:, None] & m_c[None, :]
         o_output = o_w[:, None].to(INDEX) * C + o_c[None, :]
         if p_statistics is not None:
@@ -241,9 +249,7 @@ def depthwise_conv_kernel(
             o_row = image * OH * output_pitch + ((row0 + r) * output_pitch + o_output)
             y = accumulators[r]
             if p_conv is not None:
-                conv = y.to(p_conv.dtype.element_ty)
-                tl.store(p_conv + o_row, conv, mask=m_row)
-                y = conv.to(tl.float32)
+                tl.store(p_conv + o_row, y.to(p_conv.dtype.element_ty), mask=m_row)
             if p_output is not None:
                 y = activate((y - mean) * scale + bias, ACTIVATION)
                 if p_pooled is not None:
@@ -507,7 +513,9 @@ ELEMENTS = 8
 # Registers a thread may have: three programs a multiprocessor. Left alone, the compiler takes up to
 # 255 to load further ahead, and only two programs fit.
 REGISTERS = 168
-# Those of them for accumulators, weights and rows in flight; the rest are addresses and masks.
+# For 7 x 7 taps, which no EfficientNet has, two programs are better than spills.
+REGISTERS_7 = 255
+# Those of REGISTERS for accumulators, weights and rows in flight; the rest are addresses and masks.
 TILE_REGISTERS = 140
 # Programs a multiprocessor of the weight gradient. Each writes k*k partial sums a channel, so they
 # are few, but all that fit at a time (three) are there twice.
@@ -608,7 +616,7 @@ def conv_plan(
     one_by_one = vector_width(channels, itemsize) == 1
     rows = tile_rows(
         height, kernel, stride, kernel - stride, 1, itemsize,
-        3 * prologue + 4 * statistics + 7 * one_by_one,
+        6 * prologue + 4 * statistics + 7 * one_by_one,
     )  # fmt: skip
     tile = Tile(rows, columns, block_c)
     return tile_plan(
@@ -643,9 +651,11 @@ def grad_weight_plan(
     """The launch of ``depthwise_conv_grad_weight_kernel``; the extent is the output's.
 
     A tile is a strip: whole columns of the image, cut only where there are too few programs. A
-    thread holds k*k sums of a few channels: 4 for k = 5 and 2 for k = 7 make 100 registers.
+    thread holds k*k sums of a few channels: 4 for k = 5 and 2 for k = 7 make 100 registers. Where
+    more registers go to rows in flight, to 4-byte elements or to the prologue, it is 2 at once.
     """
-    elements = 32 * NUM_WARPS * (4 if kernel + 2 * prologue <= 5 else 2)
+    narrow = kernel + 2 * prologue > 5 or (kernel == 5 and (stride == 2 or itemsize == 4))
+    elements = 32 * NUM_WARPS * (2 if narrow else 4)
     block_w, block_c = spatial_tile(width, channels, elements, kernel, stride)
     units = batch * -(-width // block_w) * -(-channels // block_c)
     strips = -(-multiprocessors * GRAD_WEIGHT_PROGRAMS // units)
@@ -832,7 +842,7 @@ def _grad_weight(
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
         INDEX=index_type(max(H * W, OH * OW) * C), BLOCK_W=plan.tile.width,
         BLOCK_C=plan.tile.channels,
-        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if kernel < 7 else REGISTERS_7,
     )  # fmt: skip
     sum_partials(partials, plan.splits, grad_weight)
 

@@ -41,6 +41,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, seed: int = 0) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None:
     """Results and gradients are at most 2x and 3x eager's own error from float64."""
+    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16: tests/triton/test_interpreter.py")
     check(case, dtype, kernel_backend)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import aot
 import pytest
 
+# One worker compiles for all of these tests.
+pytestmark = pytest.mark.xdist_group("triton_aot")
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, dict[str, Any]]]:
@@ -20,7 +23,7 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
-    """No kernel takes more registers or shared memory, or spills more, than the budget says."""
+    """No kernel takes more registers or shared memory than the budget says."""
     measured = json.loads(aot.BUDGET.read_text())
     if measured["triton"] != aot.triton_version():
         pytest.skip(f"the budget is of Triton {measured['triton']}")
@@ -33,19 +36,11 @@ def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_occupancy_and_spills(architecture: str, compiled: dict[str, Any]) -> None:
-    """Three programs of four warps fit, and what that makes the compiler spill is next to nothing.
-
-    The weight gradient holds k*k sums a channel; half as many channels a thread would spill nothing
-    and take a seventh more instructions, which is worse than a dozen of them in a loop of hundreds.
-    """
+    """Nothing is spilled, and three programs of four warps fit; two, with 7 x 7 taps' sums."""
     for kernel, used in compiled[architecture].items():
-        assert aot.occupancy(used) >= 12 / 64, kernel
-        if "grad_weight" in kernel:
-            assert used["spilled"] <= 48, kernel
-            assert used["spills_in_loops"] <= 12, kernel
-        else:
-            assert used["spilled"] <= 16, kernel
-            assert used["spills_in_loops"] == 0, kernel
+        assert used["spilled"] == 0, kernel
+        warps = 8 if "k7" in kernel and "grad_weight" in kernel else 12
+        assert aot.occupancy(used) >= warps / 64, kernel
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
