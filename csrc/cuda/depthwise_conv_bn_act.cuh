@@ -1,24 +1,25 @@
 // Depthwise convolution on dense NHWC tensors, forward and backward.
 //
 // Tile. A thread block takes 32 channels and a band of columns, and walks down the rows of one
-// image after another:
+// image after another, kPatchH rows a step:
 //
-//        band of columns                 The rows that the next outputs read lie in shared memory
-//        as
-//      +-----+-----+-----+              float32, in a ring of kRows rows: columns x 32 channels
-//      each. | p0  | p1  | p2  | kPatchH      Every element is loaded (16 bytes a thread),
-//      converted, sent
-//      +-----+-----+-----+ rows a       through the prologue or the derivative of BN + activation,
-//      |     |     |     | step         and written there once; padding is written as zeros, so
-//      that
-//      +-----+-----+-----+              the convolution itself has no bounds to check.
-//       kPatchW columns a patch
+//        band of columns
+//      +-----+-----+-----+
+//      |  0  |  1  |  2  |  kPatchH rows, one step. A patch is kPatchH x kPatchW pixels.
+//      +-----+-----+-----+
+//      |  0  |  1  |  2  |  the next step
+//      +-----+-----+-----+
 //
-// A thread owns one patch of kPatchH x 4 pixels and one or two channels (kLaneChannels) of the 32,
-// whose k * k weights it keeps in registers: an element read from shared memory meets up to
-// k * k multiply-adds, so that even 5 x 5 taps, which need 25 of the 27 instruction slots that a
-// bfloat16 output has at full memory bandwidth on an H200, have few others. While a step is
-// computed, the rows of the next one are on their way in registers.
+// The rows that a step reads lie in shared memory as float32, in a ring of kRows rows of `columns`
+// x 32 channels. Every element is loaded (16 bytes a thread), converted, sent through the prologue
+// or the derivative of BN + activation, and written there once; padding is written as zeros, so
+// that the convolution itself has no bounds to check. While a step is computed, the rows of the
+// next one are on their way in registers.
+//
+// A thread owns a patch and one or two channels (kLaneChannels) of the 32, whose k * k weights it
+// keeps in registers: an element read from shared memory meets up to k * k multiply-adds. This
+// matters because at the memory bandwidth of an H200 a bfloat16 output has 27 instruction slots, of
+// which 5 x 5 taps need 25.
 //
 // The number of instantiations is kept down to storage type x vector width x k x stride for each of
 // the two kernels: what else varies (activation, prologue, pooled sums or statistics) is the same
@@ -487,8 +488,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
 #pragma unroll
           for (int i = 0; i < kPatchW * L; ++i) y[i] = fmaf(y[i], scale[i % L], shift[i % L]);
           y = activate<RowMath>(a.activation, y);
-          set_slice(acc, r, y);
+        } else {
+          // Statistics of the stored values: those of others would not normalise them.
+#pragma unroll
+          for (int i = 0; i < kPatchW * L; ++i) y[i] = to_float(from_float<T>(y[i]));
         }
+        set_slice(acc, r, y);
 #pragma unroll
         for (int p = 0; p < kPatchW; ++p) {
           if (r < rows && p < cols) store(row_out + p * shape.channels, slice<L>(y, p));

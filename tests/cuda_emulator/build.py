@@ -5,6 +5,7 @@ Outputs go to ``build/cuda_emulator`` and are made again when a source or a flag
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -53,7 +54,7 @@ def _compile(source: Path, flags: list[str]) -> Path:
     if not target.exists():
         for old in OUTPUT.glob(f"{source.stem}-*.o"):
             old.unlink()
-        partial = target.with_suffix(f".{os.getpid()}")
+        partial = target.with_suffix(".partial")
         subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(partial)], check=True)
         partial.rename(target)
     return target
@@ -65,16 +66,21 @@ def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
     if not target.exists():
         for old in OUTPUT.glob(f"*-{name}"):
             old.unlink()
-        subprocess.run(
-            [COMPILER, "-fsanitize=address,undefined", *map(str, objects), *flags, "-o", target],
-            check=True,
-        )
+        command = [COMPILER, "-fsanitize=address,undefined", *map(str, objects), *flags]
+        subprocess.run([*command, "-o", str(target)], check=True)
     return target
 
 
 def build() -> tuple[Path, Path]:
     """(the library of kernels for ``torch.ops.load_library``, the program of faulty kernels)."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    # One process builds, the others wait and find it done.
+    with (OUTPUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> tuple[Path, Path]:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with_torch = [*kernels, ROOT / "csrc" / "ops.cpp", HERE / "torch_runtime.cpp"]
     plain = [HERE / "emulator.cpp", HERE / "faults.cu"]
