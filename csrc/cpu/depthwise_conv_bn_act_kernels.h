@@ -799,7 +799,8 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
           Parts<S> products;
           ExactSum<S> sum_z[kParts];
           for_each_column(count, [&](int x, int part) {
-            const V z = S::load(from + int64_t{x} * L);
+            // Statistics of the stored values: those of others would not normalise them.
+            const V z = rounded<T>(S::load(from + int64_t{x} * L));
             store_channels<T, decltype(partial)::value>(to + x * channels, z, b.last_channels);
             const V d = z - origin;
             products.part[part] = S::fma(d, d, products.part[part]);

@@ -369,6 +369,18 @@ struct SimdOf<double> {
 template <class T>
 using Simd = typename SimdOf<T>::type;
 
+// x as it will be read back from a tensor of T.
+template <class T>
+EFFNET_INLINE typename Simd<T>::V rounded(typename Simd<T>::V x) {
+  if constexpr (sizeof(T) == sizeof(typename Simd<T>::Scalar)) {
+    return x;
+  } else {
+    T t[Simd<T>::lanes];
+    Simd<T>::store(t, x);
+    return Simd<T>::load(t);
+  }
+}
+
 }  // namespace
 }  // namespace EFFNET_ISA
 }  // namespace effnet
