@@ -18,7 +18,9 @@ from effnet_kernels import use_backend
 from effnet_kernels.ops import Prologue, depthwise_conv_bn_act
 
 
-def check(case: Case, dtype: torch.dtype, backend: str, seed: int = 0) -> None:
+def check(
+    case: Case, dtype: torch.dtype, backend: str, seed: int = 0, roundings: int | None = None
+) -> None:
     arguments = make_arguments(case, dtype, device_of(backend), seed)
     ours = run(case, arguments, backend)
     eager = run(case, arguments, "eager")
@@ -27,13 +29,16 @@ def check(case: Case, dtype: torch.dtype, backend: str, seed: int = 0) -> None:
     assert ours["output"].dtype == dtype
     assert ours["output"].is_contiguous(memory_format=torch.channels_last)
     for name, result in ours.items():
+        # The batch's statistics are those of the stored convolution, rounded value by value.
+        of_stored = name in ("batch_mean", "batch_var")
         assert_error_rule(
             f"{name} of {case}",
             result,
             eager[name],
             exact[name],
-            result.dtype,
+            dtype if of_stored or roundings else result.dtype,
             GRADIENT if name.startswith("grad") else FORWARD,
+            roundings,
         )
 
 
@@ -68,12 +73,15 @@ def test_every_shape_on_cpu(
         assert not result.any(), name
 
 
+SMOOTH = ["identity", "silu", "sigmoid"]
+KINKED = ["relu", "relu6", "hardswish", "hardsigmoid"]
+
+
 @st.composite
-def _cases(draw: st.DrawFn, largest: int) -> Case:
+def _cases(draw: st.DrawFn, largest: int, activations: list[str]) -> Case:
     kernel = draw(st.sampled_from([3, 5, 7]))
     pads = tuple(draw(st.integers(0, kernel - 1)) for _ in range(4))
     left, right, top, bottom = pads
-    activations = ["identity", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid"]
     return Case(
         draw(st.integers(1, 3)),
         draw(st.integers(1, 70)),
@@ -91,19 +99,28 @@ def _cases(draw: st.DrawFn, largest: int) -> Case:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    case=_cases(20), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 9)
-)
-def test_any_geometry_on_cpu(case: Case, dtype: torch.dtype, seed: int) -> None:
-    """Any extent, channel count, padding and stride of memory."""
-    check(case, dtype, "cpu", seed)
+@given(case=_cases(20, SMOOTH + KINKED), seed=st.integers(0, 9))
+def test_any_geometry_on_cpu(case: Case, seed: int) -> None:
+    """Any extent, channel count, padding and stride of memory.
+
+    A search for the worst of all small tensors finds sums that cancel, where eager is exact by
+    luck; a wrong offset or mask is far above the roundings allowed here.
+    """
+    check(case, torch.float32, "cpu", seed, roundings=100)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=_cases(20, SMOOTH), seed=st.integers(0, 9))
+def test_any_geometry_on_cpu_in_bfloat16(case: Case, seed: int) -> None:
+    """The same in bfloat16; where a derivative jumps, one rounding is worth the whole of it."""
+    check(case, torch.bfloat16, "cpu", seed, roundings=8)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=_cases(9), seed=st.integers(0, 9))
+@given(case=_cases(9, SMOOTH + KINKED), seed=st.integers(0, 9))
 def test_any_geometry_on_triton(case: Case, seed: int) -> None:
     """The same on the Triton kernels."""
-    check(case, torch.float32, "triton", seed)
+    check(case, torch.float32, "triton", seed, roundings=100)
 
 
 @pytest.mark.parametrize("training", [False, True])
