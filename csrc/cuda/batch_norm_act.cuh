@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 
   Moments all;
   if (channel < channels) {
+#pragma unroll 1
     for (int slot = lane; slot < slots; slot += kStatisticsLanes) {
       const double* p = partial + static_cast<int64_t>(slot) * channels + channel;
       all.merge({p[0], p[plane], p[2 * plane]});
@@ -81,6 +82,7 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   shared[2 * kStatisticsThreads + threadIdx.x] = all.m2;
   __syncthreads();
   if (lane == 0 && channel < channels) {
+#pragma unroll 1
     for (int i = threadIdx.x + kStatisticsChannels; i < kStatisticsThreads;
          i += kStatisticsChannels) {
       all.merge({shared[i], shared[kStatisticsThreads + i], shared[2 * kStatisticsThreads + i]});
@@ -103,7 +105,8 @@ struct RowTiling {
 };
 
 constexpr int kRowThreads = 256;
-constexpr int kRowUnroll = 4;
+constexpr int kRowUnroll = 4;   // rows that a thread has in flight of one tensor
+constexpr int kPairUnroll = 2;  // and of two
 
 // A block's place in a RowTiling.
 template <int V>
@@ -205,14 +208,13 @@ __global__ void __launch_bounds__(kRowThreads, 2)
                                    BatchNorm bn, Activation activation, RowTiling tiling,
                                    float* __restrict__ partial) {
   const RowBlock<V> block(tiling);
-  Floats<V> mean = broadcast<V>(0.f), scale = mean, bias = mean, invstd = mean, pooled = mean;
+  Floats<V> mean = broadcast<V>(0.f), scale = mean, bias = mean, pooled = mean;
   Floats<V> sum = mean, product = mean;
   if (block.active) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const ChannelNorm norm = channel_norm<T>(bn, block.channel + i);
       mean[i] = norm.mean;
-      invstd[i] = norm.invstd;
       scale[i] = norm.scale;
       bias[i] = norm.bias;
       if (grad_pooled != nullptr) {
@@ -221,10 +223,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     }
     const int64_t origin = block.group * tiling.rows * tiling.channels + block.channel;
     for (int64_t row = block.first_row + block.row_lane; row < block.last_row;
-         row += kRowUnroll * tiling.row_lanes) {
-      Vector<T, V> raw_g[kRowUnroll], raw_z[kRowUnroll];
+         row += kPairUnroll * tiling.row_lanes) {
+      Vector<T, V> raw_g[kPairUnroll], raw_z[kPairUnroll];
 #pragma unroll
-      for (int i = 0; i < kRowUnroll; ++i) {
+      for (int i = 0; i < kPairUnroll; ++i) {
         const int64_t r = row + i * tiling.row_lanes;
         if (r < block.last_row) {
           raw_g[i] = load_vector<V>(grad_output + origin + r * tiling.channels);
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         }
       }
 #pragma unroll
-      for (int i = 0; i < kRowUnroll; ++i) {
+      for (int i = 0; i < kPairUnroll; ++i) {
         if (row + i * tiling.row_lanes < block.last_row) {
           const Floats<V> d = unpack<T, V>(raw_z[i]) - mean;
           const Floats<V> du = (unpack<T, V>(raw_g[i]) + pooled) *
@@ -243,7 +245,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       }
     }
   }
-  product = product * invstd;
+  if (block.active) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) product[i] *= channel_norm<T>(bn, block.channel + i).invstd;
+  }
   const int64_t slots = tiling.groups * tiling.chunks;
   float* out =
       partial + (block.group * tiling.chunks + block.chunk) * tiling.channels + block.channel;

@@ -112,7 +112,7 @@ struct ForwardSizes : DepthwiseSizes<T, V, (V == 1 || K > 3) ? 1 : 2, 4 / S, (4 
   using Base = typename ForwardSizes::DepthwiseSizes;
   // Blocks on a multiprocessor: what the registers allow without spills.
   static constexpr int kMinBlocks = V == 8 ? 4 : 3;
-  static constexpr int kPrologueFloats = 2 * kBlockChannels;
+  static constexpr int kConstants = 4 * kBlockChannels;
 
   // Also the room for the weights before the walk and for the moments (float64) after it.
   static EFFNET_INLINE constexpr int tile_floats(int patches) {
@@ -123,7 +123,7 @@ struct ForwardSizes : DepthwiseSizes<T, V, (V == 1 || K > 3) ? 1 : 2, 4 / S, (4 
     return ((most > sums ? most : sums) + 3) / 4 * 4;
   }
   static constexpr size_t shared_bytes(int patches) {
-    return (tile_floats(patches) + kPrologueFloats) * sizeof(float);
+    return (tile_floats(patches) + kConstants) * sizeof(float);
   }
 };
 
@@ -304,7 +304,8 @@ struct InputSource {
   using Raw = Vector<T, V>;
 
   const T* image;  // at this thread's vector of channels
-  int64_t row_stride, column_stride;
+  int64_t row_stride;
+  int column_stride;
   int in_h, in_w, first_h, first_w;
   bool active, has_prologue;
   const float* scale;  // of the block's channels, by position
@@ -320,8 +321,8 @@ struct InputSource {
   EFFNET_DEVICE Raw load(int row, int column) const {
     Raw raw{};
     if (inside(row, column)) {
-      raw =
-          load_vector<V>(image + (first_h + row) * row_stride + (first_w + column) * column_stride);
+      raw = load_vector<V>(image + (first_h + row) * row_stride +
+                           static_cast<int64_t>(first_w + column) * column_stride);
     }
     return raw;
   }
@@ -381,32 +382,26 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
   const bool active = channel < shape.channels;
 
   float* tile = shared_floats();
-  float* prologue = tile + Sizes::tile_floats(a.tiling.patches);
+  // Of the block's channels, by position: scale and shift of the prologue, then those of BN.
+  float* constants = tile + Sizes::tile_floats(a.tiling.patches);
 
   float w[K * K][L];
   load_weights<V, K, L>(w, tile, a.weight, block.channel, shape.channels, position);
 
+  // The first barrier of walk_rows comes before anyone reads these.
   const bool has_prologue = a.prologue.scale != nullptr;
-  if (has_prologue) {
-    // The first barrier of walk_rows comes before anyone reads these.
-    for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
-      if (block.channel + i < shape.channels) {
-        const int p = position_of_channel<V>(i);
-        prologue[p] = static_cast<const float*>(a.prologue.scale)[block.channel + i];
-        prologue[kBlockChannels + p] =
-            static_cast<const float*>(a.prologue.shift)[block.channel + i];
-      }
+  for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
+    const int c = block.channel + i;
+    if (c >= shape.channels) continue;
+    float* constant = constants + position_of_channel<V>(i);
+    if (has_prologue) {
+      constant[0] = static_cast<const float*>(a.prologue.scale)[c];
+      constant[kBlockChannels] = static_cast<const float*>(a.prologue.shift)[c];
     }
-  }
-  float scale[L], shift[L];
-#pragma unroll
-  for (int l = 0; l < L; ++l) {
-    scale[l] = 1.f;
-    shift[l] = 0.f;
-    if (active && !a.training) {
-      const ChannelNorm norm = channel_norm<T>(a.bn, channel + l);
-      scale[l] = norm.scale;
-      shift[l] = norm.bias - norm.mean * norm.scale;
+    if (!a.training) {
+      const ChannelNorm norm = channel_norm<T>(a.bn, c);
+      constant[2 * kBlockChannels] = norm.scale;
+      constant[3 * kBlockChannels] = norm.bias - norm.mean * norm.scale;
     }
   }
 
@@ -421,21 +416,20 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
   const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
   InputSource<T, V> source;
   source.row_stride = row_stride;
-  source.column_stride = column_stride;
+  source.column_stride = shape.channels;
   source.in_h = shape.in_h;
   source.in_w = shape.in_w;
   source.first_h = first_oh * S - shape.pad_top;
   source.first_w = block.band * a.tiling.patches * kPatchW * S - shape.pad_left;
   source.active = block.channel + vector * V < shape.channels;
   source.has_prologue = has_prologue;
-  source.scale = prologue;
-  source.shift = prologue + kBlockChannels;
+  source.scale = constants;
+  source.shift = constants + kBlockChannels;
   source.vector = vector;
   source.activation = a.prologue.activation;
 
   // Of a thread's outputs. At inference totals[l].sum is the pooled sum of one image.
   ShiftedSums totals[L];
-  int count = 0;
   const int64_t first_n = block.chunk * a.tiling.images;
   const int64_t last_n = min(first_n + a.tiling.images, shape.batch);
   for (int64_t n = first_n; n < last_n; ++n) {
@@ -449,11 +443,11 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
     walk_rows<Sizes, V>(tile, columns, steps, source, [&](int step, int head) {
       Floats<kValues> acc = broadcast<kValues>(0.f);
       const float* window = tile + patch * Sizes::kStepCols * kBlockChannels + position;
+      const int pitch = columns * kBlockChannels;
+      const float* const last_line = window + (Sizes::kRows - 1) * pitch;
+      const float* line = window + head * pitch;
 #pragma unroll
       for (int row = 0; row < Sizes::kRows; ++row) {
-        int slot = head + row;
-        if (slot >= Sizes::kRows) slot -= Sizes::kRows;
-        const float* line = window + slot * columns * kBlockChannels;
         Floats<L> x[Sizes::kCols];
 #pragma unroll
         for (int col = 0; col < Sizes::kCols; ++col) {
@@ -475,11 +469,14 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
             }
           }
         }
+        line = line == last_line ? window : line + pitch;
       }
 
       const int oh = first_oh + step * kPatchH;
       const int rows = active ? min(last_oh - oh, kPatchH) : 0;
       const int cols = min(shape.out_w - first_ow, kPatchW);
+      const Floats<L> scale = load_shared<L>(constants + 2 * kBlockChannels + position);
+      const Floats<L> shift = load_shared<L>(constants + 3 * kBlockChannels + position);
       T* row_out = image_out + oh * out_row_stride;
 #pragma unroll
       for (int r = 0; r < kPatchH; ++r) {
@@ -502,7 +499,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
       }
       if (a.training ? a.moments == nullptr : a.pooled == nullptr) return;
       if (rows <= 0 || cols <= 0) return;
-      if (a.training && count == 0) {
+      if (a.training && n == first_n && step == 0) {
 #pragma unroll
         for (int l = 0; l < L; ++l) totals[l].origin = acc[l];
       }
@@ -540,7 +537,6 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
         totals[l].sum += total;
         totals[l].squares += squares[l] + m * (total + rest[l]);
       }
-      count += pixels;
     });
 
     if (!a.training && a.pooled != nullptr) {
@@ -563,6 +559,8 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
 
   if (a.training && a.moments != nullptr) {
     double* shared = reinterpret_cast<double*>(tile);
+    const int cols = active ? max(0, min(shape.out_w - first_ow, kPatchW)) : 0;
+    const double count = static_cast<double>(last_n - first_n) * (last_oh - first_oh) * cols;
 #pragma unroll
     for (int l = 0; l < L; ++l) {
       const Moments moments = totals[l].moments(count);
@@ -600,7 +598,8 @@ struct GradConvSource {
 
   const T* grad_output;  // of the image, at this thread's vector of channels
   const T* conv;
-  int64_t row_stride, column_stride;
+  int64_t row_stride;
+  int column_stride;
   int out_h, out_w, first_oh, first_ow;
   bool active;
   const float* constants;
@@ -615,7 +614,8 @@ struct GradConvSource {
   EFFNET_DEVICE Raw load(int row, int column) const {
     Raw raw{};
     if (inside(row, column)) {
-      const int64_t offset = (first_oh + row) * row_stride + (first_ow + column) * column_stride;
+      const int64_t offset =
+          (first_oh + row) * row_stride + static_cast<int64_t>(first_ow + column) * column_stride;
       raw.grad = load_vector<V>(grad_output + offset);
       raw.conv = load_vector<V>(conv + offset);
     }
@@ -732,7 +732,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
 
   const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
   GradConvSource<T, V> source;
-  source.column_stride = column_stride;
+  source.column_stride = shape.channels;
   source.row_stride = shape.out_w * column_stride;
   source.out_h = shape.out_h;
   source.out_w = shape.out_w;
@@ -811,11 +811,11 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
       }
 
       const float* window = tile + patch * Sizes::kStepCols * kBlockChannels + position;
+      const int pitch = columns * kBlockChannels;
+      const float* const last_line = window + (Sizes::kRows - 1) * pitch;
+      const float* line = window + head * pitch;
 #pragma unroll
       for (int row = 0; row < Sizes::kRows; ++row) {
-        int slot = head + row;
-        if (slot >= Sizes::kRows) slot -= Sizes::kRows;
-        const float* line = window + slot * columns * kBlockChannels;
         Floats<Sizes::kCols> dz;
 #pragma unroll
         for (int col = 0; col < Sizes::kCols; ++col) dz[col] = line[col * kBlockChannels];
@@ -836,6 +836,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
             }
           }
         }
+        line = line == last_line ? window : line + pitch;
       }
 
       if (a.grad_input == nullptr) return;
