@@ -6,8 +6,9 @@
 //   V Math::min(V, V), Math::max(V, V)
 //   V Math::sigmoid(V)
 //   V Math::if_positive(V x, V y)   x > 0 ? y : 0, element by element
-// The activation is an ordinary argument: kernels pass a compile-time constant, which folds the switch
-// away, or a value that is uniform over the launch, which costs one predicted branch a vector.
+// The activation is an ordinary argument: kernels pass a compile-time constant, which folds the
+// switch away, or a value that is uniform over the launch, which costs one predicted branch a
+// vector.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,6 +1,6 @@
 // The schema of every C++ kernel. Each writes into tensors that the caller allocated, so that all
-// backends share one allocation (effnet_kernels/ops) and these kernels know pointers and shapes only.
-// The CPU and CUDA implementations register themselves beside their code.
+// backends share one allocation (effnet_kernels/ops) and these kernels know pointers and shapes
+// only. The CPU and CUDA implementations register themselves beside their code.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

@@ -98,7 +98,7 @@ def load_filter_column(
     taps = ()
     for i in tl.static_range(KERNEL):
         tap = tl.load(p_taps + i * KERNEL * C + o_tap, mask=m_c[None, :], other=0.0)
-        taps = taps + (tap,)  # type: ignore[assignment]  # noqa: RUF005 (no unpacking in Triton)
+        taps = taps + (tap,)  # noqa: RUF005 (no unpacking in Triton)
     return taps
 
 
