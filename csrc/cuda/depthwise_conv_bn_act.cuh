@@ -111,7 +111,7 @@ struct ForwardSizes : DepthwiseSizes<T, V, (V == 1 || K > 3) ? 1 : 2, 4 / S, (4 
                                      (kPatchW - 1) * S + K, 4, kPatchW * S, V == 1 ? 8 : 32> {
   using Base = typename ForwardSizes::DepthwiseSizes;
   // Blocks on a multiprocessor: what the registers allow without spills.
-  static constexpr int kMinBlocks = V == 8 ? 4 : 3;
+  static constexpr int kMinBlocks = V == 8 && (K == 5 || (K == 3 && S == 2)) ? 4 : 3;
   static constexpr int kConstants = 4 * kBlockChannels;
 
   // Also the room for the weights before the walk and for the moments (float64) after it.
