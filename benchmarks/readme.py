@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 OURS = ("cuda", "triton", "cpu")
 _MARKS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 _WHAT = {
-    "depthwise_conv_bn_act": "{model}'s depthwise conv + BN + Swish",
-    "efficientnet": "{model} whole, converted",
+    "kernels-depthwise_conv_bn_act": "{model}'s depthwise conv + BN + Swish",
+    "models-efficientnet": "{model} whole, converted",
 }
 
 
