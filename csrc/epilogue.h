@@ -2,7 +2,7 @@
 // derivatives, written once for the scalar, SIMD and CUDA kernels.
 //
 // `Math` supplies the arithmetic for a value type V (float on the GPU, a SIMD vector on the CPU):
-//   V Math::set(float)              broadcast
+//   V Math::set(constant)           broadcast; double constants serve a Math of double
 //   V Math::min(V, V), Math::max(V, V)
 //   V Math::sigmoid(V)
 //   V Math::if_positive(V x, V y)   x > 0 ? y : 0, element by element
@@ -45,12 +45,12 @@ EFFNET_INLINE V activate(Activation activation, V x) {
       return x * Math::sigmoid(x);
     case Activation::hardswish:
       return x * Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
-             Math::set(1.f / 6.f);
+             Math::set(1.0 / 6);
     case Activation::sigmoid:
       return Math::sigmoid(x);
     case Activation::hardsigmoid:
       return Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
-             Math::set(1.f / 6.f);
+             Math::set(1.0 / 6);
   }
   return x;
 }
@@ -72,7 +72,7 @@ EFFNET_INLINE V activate_grad(Activation activation, V x) {
     }
     case Activation::hardswish: {
       // x/3 + 1/2 inside (-3, 3), 0 below and 1 above.
-      const V inside = x * Math::set(1.f / 3.f) + Math::set(0.5f);
+      const V inside = x * Math::set(1.0 / 3) + Math::set(0.5f);
       const V above = Math::if_positive(x - Math::set(3.f), one - inside);
       return Math::if_positive(x + Math::set(3.f), inside + above);
     }
@@ -82,7 +82,7 @@ EFFNET_INLINE V activate_grad(Activation activation, V x) {
     }
     case Activation::hardsigmoid:
       return Math::if_positive(x + Math::set(3.f),
-                               Math::if_positive(Math::set(3.f) - x, Math::set(1.f / 6.f)));
+                               Math::if_positive(Math::set(3.f) - x, Math::set(1.0 / 6)));
   }
   return zero;
 }

@@ -19,6 +19,8 @@ namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
+constexpr int kMaxKernel = 7;
+
 EFFNET_INLINE int lesser(int a, int b) { return a < b ? a : b; }
 EFFNET_INLINE int greater(int a, int b) { return a > b ? a : b; }
 EFFNET_INLINE int round_up(int a, int b) { return (a + b - 1) / b * b; }
@@ -97,6 +99,63 @@ void correlate(typename S::Scalar* out, int out_columns, const typename S::Scala
       auto* to = out + (int64_t{v} * out_columns + x) * L;
       EFFNET_UNROLL
       for (int t = 0; t < Tile; ++t) S::store(to + t * L, sum[t]);
+    }
+  }
+}
+
+// One tile of the above straight from the tensor: rows[i] is the tensor's row, `step` elements from
+// column to column, and tap 0 of the tile's first result meets column `first`. Checked: columns
+// outside [0, width) are padding.
+template <class S, int K, int Stride, int Tile, bool Checked>
+EFFNET_INLINE void correlate_tile_in_place(typename S::Scalar* out,
+                                           const typename S::Scalar* const* rows, int lo, int hi,
+                                           int64_t offset, int64_t step, int first, int width,
+                                           const typename S::Scalar* weights) {
+  using V = typename S::V;
+  constexpr int L = S::lanes;
+  V sum[Tile];
+  EFFNET_UNROLL
+  for (int t = 0; t < Tile; ++t) sum[t] = S::set(0.f);
+  for (int i = lo; i < hi; ++i) {
+    const auto* in = rows[i] + (offset + first * step);
+    V tap[K];
+    EFFNET_UNROLL
+    for (int j = 0; j < K; ++j) tap[j] = S::load(weights + (i * K + j) * L);
+    EFFNET_UNROLL
+    for (int q = 0; q < (Tile - 1) * Stride + K; ++q) {
+      if (!Checked || static_cast<unsigned>(first + q) < static_cast<unsigned>(width)) {
+        const V value = S::load_once(in + q * step);
+        EFFNET_UNROLL
+        for (int j = 0; j < K; ++j) {
+          const int t = q - j;
+          if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
+            sum[t / Stride] = S::fma(value, tap[j], sum[t / Stride]);
+          }
+        }
+      }
+    }
+  }
+  EFFNET_UNROLL
+  for (int t = 0; t < Tile; ++t) S::store(out + t * L, sum[t]);
+}
+
+template <class S, int K, int Stride, int Tile>
+void correlate_in_place(typename S::Scalar* out, int out_columns,
+                        const typename S::Scalar* const* rows, int lo, int hi, int64_t step,
+                        int origin, int width, const typename S::Scalar* weights, int vectors) {
+  constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
+  for (int v = 0; v < vectors; ++v) {
+    const auto* w = weights + v * K * K * L;
+    for (int x = 0; x < out_columns; x += Tile) {
+      auto* to = out + (int64_t{v} * out_columns + x) * L;
+      const int first = origin + x * Stride;
+      if (first >= 0 && first + Columns <= width) {
+        correlate_tile_in_place<S, K, Stride, Tile, false>(to, rows, lo, hi, v * L, step, first,
+                                                           width, w);
+      } else {
+        correlate_tile_in_place<S, K, Stride, Tile, true>(to, rows, lo, hi, v * L, step, first,
+                                                          width, w);
+      }
     }
   }
 }
@@ -201,13 +260,17 @@ template <class S>
 struct Loops {
   using F = typename S::Scalar;
   void (*correlate)(F*, int, const F* const*, int, int, int, const F*, int);
+  void (*correlate_in_place)(F*, int, const F* const*, int, int, int64_t, int, int, const F*, int);
   void (*transpose)(F*, int, const F* const*, const int*, int, int, const F*, int);
   void (*correlate_with_gradient)(F*, const F*, int, int, const F* const*, int, int);
 };
 
 template <class S, int K, int Stride, int Tile>
 EFFNET_INLINE void set_tile(Loops<S>& loops, const DepthwisePlan& p) {
-  if (p.tile == Tile) loops.correlate = correlate<S, K, Stride, Tile>;
+  if (p.tile == Tile) {
+    loops.correlate = correlate<S, K, Stride, Tile>;
+    loops.correlate_in_place = correlate_in_place<S, K, Stride, Tile>;
+  }
   if constexpr (Tile % Stride == 0) {
     if (p.grad_tile == Tile) loops.transpose = transpose<S, K, Stride, Tile>;
   }
@@ -273,19 +336,18 @@ void pack_vector(F* to, const F* from, const DepthwisePlan& p, const Block& b) {
   }
 }
 
-// weight (C, 1, k, k) -> [v][k * k][lanes]
+// weight (C, 1, k, k) -> [v][k * k][lanes], by way of float32 copies of a vector's channels.
 template <class T, class F>
 void pack_weight(F* to, const T* weight, int taps, const DepthwisePlan& p, const Block& b) {
-  const int64_t channels = block_channels(p, b);
-  for (int v = 0; v < b.vectors; ++v) {
-    for (int lane = 0; lane < p.lanes; ++lane) {
-      const int64_t c = int64_t{v} * p.lanes + lane;
-      const T* from = weight + (b.channel + c) * taps;
-      F* column = to + int64_t{v} * taps * p.lanes + lane;
-      for (int tap = 0; tap < taps; ++tap) {
-        column[tap * p.lanes] = c < channels ? to_float(from[tap]) : F(0);
-      }
+  using S = Simd<T>;
+  F rows[S::lanes * kMaxKernel * kMaxKernel];
+  for (int v = 0; v < b.vectors; ++v, to += taps * S::lanes) {
+    const int channels = v == b.vectors - 1 ? b.last_channels : S::lanes;
+    const T* from = weight + (b.channel + int64_t{v} * S::lanes) * taps;
+    for (int i = 0; i < S::lanes * taps; ++i) {
+      rows[i] = i < channels * taps ? to_float(from[i]) : F(0);
     }
+    for (int tap = 0; tap < taps; ++tap) S::store(to + tap * S::lanes, S::gather(rows + tap, taps));
   }
 }
 
@@ -650,20 +712,35 @@ struct Convolution {
   EFFNET_INLINE void run(const Unit& u, const T* input, const Sink& sink) {
     const int origin = u.ow0 * s.stride - s.pad_left;
     const int needed = (u.ow1 - u.ow0 - 1) * s.stride + s.kernel;
-    ring.start(columns_of(in_columns, origin, needed, s.in_w),
-               greater(u.oh0 * s.stride - s.pad_top, 0), b.vectors);
+    // Nothing to convert and whole vectors: the ring would only be a copy.
+    const bool in_place =
+        sizeof(T) == sizeof(F) && !prologue.present && b.last_channels == S::lanes;
+    if (!in_place) {
+      ring.start(columns_of(in_columns, origin, needed, s.in_w),
+                 greater(u.oh0 * s.stride - s.pad_top, 0), b.vectors);
+    }
     for (int oh = u.oh0; oh < u.oh1; ++oh) {
       const int top = oh * s.stride - s.pad_top;
       const int lo = greater(-top, 0), hi = lesser(s.kernel, s.in_h - top);
-      load_rows<T>(ring, top + hi, input, s, u, b, prologue, activation);
       const F* rows[kMaxKernel];
+      if constexpr (sizeof(T) == sizeof(F)) {
+        if (in_place) {
+          for (int i = lo; i < hi; ++i) {
+            rows[i] = input + (u.n * s.in_h + top + i) * s.in_w * s.channels + b.channel;
+          }
+          loops.correlate_in_place(row, out_columns, rows, lo, hi, s.channels, origin, s.in_w,
+                                   weight, b.vectors);
+          sink(oh);
+          continue;
+        }
+      }
+      load_rows<T>(ring, top + hi, input, s, u, b, prologue, activation);
       for (int i = lo; i < hi; ++i) rows[i] = ring.row(top + i, b.vectors);
       loops.correlate(row, out_columns, rows, lo, hi, in_columns, weight, b.vectors);
       sink(oh);
     }
   }
 
-  static constexpr int kMaxKernel = 7;
   DepthwiseShape s;
   DepthwisePlan p;
   Loops<S> loops;
@@ -1120,7 +1197,7 @@ struct Gradients {
       const int lo = greater(-top, 0), hi = lesser(s.kernel, s.in_h - top);
       load_rows<T>(conv.ring, top + hi, static_cast<const T*>(a.input), s, u, b, conv.prologue,
                    conv.activation);
-      const F* rows[Convolution<T>::kMaxKernel];
+      const F* rows[kMaxKernel];
       for (int i = 0; i < s.kernel; ++i) {
         rows[i] = i < lo || i >= hi ? zeros : conv.ring.row(top + i, b.vectors);
       }
@@ -1183,8 +1260,8 @@ struct Gradients {
       for (int ih = u.ih0; ih < u.ih1; ++ih) {
         const int padded = ih + s.pad_top;
         run_dz_rows(u, lesser(padded / s.stride + 1, s.out_h));
-        const F* rows[Convolution<T>::kMaxKernel];
-        int taps[Convolution<T>::kMaxKernel];
+        const F* rows[kMaxKernel];
+        int taps[kMaxKernel];
         int row_count = 0;
         for (int i = padded % s.stride; i < s.kernel; i += s.stride) {
           const int oh = (padded - i) / s.stride;

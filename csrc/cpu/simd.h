@@ -143,6 +143,12 @@ struct FloatSimd {
     _mm512_mask_storeu_ps(p, first(n), x);
   }
 
+  // p[0], p[stride], p[2 * stride], ...
+  static EFFNET_INLINE V gather(const float* p, int stride) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32(stride)), p, 4);
+  }
+
   static EFFNET_INLINE V widen(half, __m256i x) { return _mm512_cvtph_ps(x); }
   static EFFNET_INLINE V widen(bfloat16, __m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -235,6 +241,11 @@ struct FloatSimd {
     _mm256_maskstore_ps(p, first(n), x);
   }
 
+  static EFFNET_INLINE V gather(const float* p, int stride) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32(stride)), 4);
+  }
+
   static EFFNET_INLINE V widen(half, __m128i x) { return _mm256_cvtph_ps(x); }
   static EFFNET_INLINE V widen(bfloat16, __m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
@@ -312,6 +323,9 @@ struct FloatSimd {
     return x;
   }
   static EFFNET_INLINE V load_once(const float* p) { return load(p); }
+  static EFFNET_INLINE V gather(const float* p, int stride) {
+    return V{p[0], p[stride], p[2 * stride], p[3 * stride]};
+  }
   static EFFNET_INLINE void store(float* p, V x) { std::memcpy(p, &x, sizeof(x)); }
   template <class T>
   static EFFNET_INLINE V load(const T* p) {
@@ -349,6 +363,7 @@ struct DoubleSimd {
   static EFFNET_INLINE V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
   static EFFNET_INLINE V load(const double* p) { return *p; }
   static EFFNET_INLINE V load_once(const double* p) { return *p; }
+  static EFFNET_INLINE V gather(const double* p, int) { return *p; }
   static EFFNET_INLINE V load_partial(const double* p, int) { return *p; }
   static EFFNET_INLINE void store(double* p, V x) { *p = x; }
   static EFFNET_INLINE void store_partial(double* p, V x, int) { *p = x; }
