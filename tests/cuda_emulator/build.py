@@ -83,10 +83,11 @@ def build() -> tuple[Path, Path]:
 def _build() -> tuple[Path, Path]:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with_torch = [*kernels, ROOT / "csrc" / "ops.cpp", HERE / "torch_runtime.cpp"]
-    plain = [HERE / "emulator.cpp", HERE / "faults.cu"]
+    plain = [(HERE / "emulator.cpp", [*FLAGS, "-O2"]), (HERE / "faults.cu", FLAGS)]
     with ThreadPoolExecutor(JOBS) as pool:
         torch_objects = list(pool.map(lambda s: _compile(s, FLAGS + TORCH_FLAGS), with_torch))
-        emulator, faults = pool.map(lambda s: _compile(s, FLAGS), plain)
+        # Optimised: tests run its warp operations by the million.
+        emulator, faults = pool.map(lambda s: _compile(s[0], s[1]), plain)
     libraries = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
     # Bsymbolic: torch_runtime.cpp's functions, not libtorch's of the same name.
     library = _link(

@@ -2,15 +2,21 @@
 //
 // Blocks run one after another in a shuffled order, so that a block that relies on another one of
 // its launch is found out. The threads of a block are fibers: each runs until it waits at
-// __syncthreads or returns, upwards or downwards through the block by chance, so that a missing
-// barrier changes results. Before each block its shared memory is filled with NaN, and what lies
-// beyond the size that the launch asked for is poisoned. A launch that a GPU would refuse returns
-// the error; a barrier that not all threads of a block reach ends the process with a message.
+// __syncthreads or a warp operation or returns, upwards or downwards through its warp by chance, so
+// that a missing barrier changes results. A warp's lanes wait for each other at a warp operation;
+// by chance the warp then goes on at once or after all other warps have come that far. Before each
+// block its shared memory is filled with NaN, and what lies beyond the size that the launch asked
+// for is poisoned. A launch that a GPU would refuse returns the error; a barrier that not all
+// threads of a block reach, or a warp operation that not all lanes reach, ends the process with a
+// message.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,6 +34,7 @@ dim3 blockDim, gridDim;
 
 // The limits of compute capability 9.0.
 constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kLanes = 32;
 constexpr size_t kSharedDefault = 48 * 1024;
 constexpr size_t kSharedMost = 227 * 1024;
 
@@ -68,24 +75,40 @@ namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
 
-// A call of __syncthreads in the source; the compiler may have made several of it.
-struct Barrier {
-  const char* file = "";
-  int line = 0;
-  bool operator==(const Barrier& other) const {
-    return line == other.line && std::strcmp(file, other.file) == 0;
-  }
-};
+// Pointers first: nearly always the same literal.
+bool equal(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool operator==(const Operation& a, const Operation& b) {
+  return a.line == b.line && equal(a.name, b.name) && equal(a.file, b.file);
+}
 
 struct Fiber {
   char* stack = nullptr;
   void* stack_pointer = nullptr;
   uint3 thread{};
   bool finished = true;
-  Barrier barrier;  // the one it waits at
+  Operation operation{"", "", 0};  // what it waits at,
+  bool with_warp = false;          // for its warp alone
+};
+
+// What a lane brings to a warp operation.
+struct Deposit {
+  uint64_t bits;
+  uint32_t row[4];
+  float a[8], b[4];
+};
+
+// Lanes that went on write their next deposits while others still read the last ones: two of each
+// make one wait per operation enough.
+struct Warp {
+  unsigned lanes;  // fewer than 32 in the last warp of some blocks
+  bool running;    // lanes wait at a warp operation, not at the block's barrier
+  unsigned parity;
+  Deposit deposits[2][kLanes];
 };
 
 std::vector<Fiber> fibers;
+Warp warps[kMaxThreads / kLanes];
 Fiber* running = nullptr;
 void* scheduler_stack_pointer = nullptr;
 const void* scheduler_stack = nullptr;
@@ -95,9 +118,22 @@ void* kernel_context = nullptr;
 std::unordered_map<const void*, size_t> shared_limits;
 std::mt19937 random_bits(1);
 
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "CUDA emulator: %s (block %u)\n", what, blockIdx.x);
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::fprintf(stderr, "CUDA emulator: ");
+  std::vfprintf(stderr, format, arguments);
+  std::fprintf(stderr, " (block %u)\n", blockIdx.x);
+  va_end(arguments);
   std::abort();
+}
+
+[[noreturn]] void fail(const char* what, const Operation& a) {
+  fail("%s: %s, %s:%d", what, a.name, a.file, a.line);
+}
+
+[[noreturn]] void fail(const char* what, const Operation& a, const Operation& b) {
+  fail("%s: %s, %s:%d and %s, %s:%d", what, a.name, a.file, a.line, b.name, b.file, b.line);
 }
 
 // From a fiber to the scheduler, until the scheduler comes back.
@@ -142,27 +178,137 @@ void create(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
+// Resumes the lanes of a warp until each waits or has returned.
+void run_warp(unsigned w) {
+  Warp& warp = warps[w];
+  warp.parity ^= 1;
+  Fiber* lanes = &fibers[w * kLanes];
+  const bool downwards = random_bits() & 1;
+  for (unsigned i = 0; i < warp.lanes; ++i) resume(lanes[downwards ? warp.lanes - 1 - i : i]);
+
+  const Fiber* waiting = nullptr;
+  for (unsigned i = 0; i < warp.lanes && waiting == nullptr; ++i) {
+    if (!lanes[i].finished && lanes[i].with_warp) waiting = &lanes[i];
+  }
+  warp.running = waiting != nullptr;
+  if (!warp.running) return;
+  for (unsigned i = 0; i < warp.lanes; ++i) {
+    if (lanes[i].finished) {
+      fail("some lanes of a warp returned while others wait at a warp operation",
+           waiting->operation);
+    }
+    if (!lanes[i].with_warp) {
+      fail("some lanes of a warp wait at a barrier while others wait at a warp operation",
+           lanes[i].operation, waiting->operation);
+    }
+    if (!(lanes[i].operation == waiting->operation)) {
+      fail("lanes of a warp wait at different warp operations", waiting->operation,
+           lanes[i].operation);
+    }
+  }
+}
+
+// Runs all warps until their threads wait at a barrier or have returned.
+void run_to_barrier(unsigned number) {
+  const uint32_t bits = random_bits();
+  const bool downwards = bits & 1, in_turn = bits & 2;
+  for (unsigned w = 0; w < number; ++w) warps[w].running = true;
+  for (bool again = true; again;) {
+    again = false;
+    for (unsigned i = 0; i < number; ++i) {
+      const unsigned w = downwards ? number - 1 - i : i;
+      if (!warps[w].running) continue;
+      do run_warp(w);
+      while (warps[w].running && !in_turn);
+      again |= warps[w].running;
+    }
+  }
+}
+
 void run_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
     fibers[t].finished = false;
     fibers[t].thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
   }
+  const unsigned number = (threads + kLanes - 1) / kLanes;
+  for (unsigned w = 0; w < number; ++w) warps[w].lanes = std::min(kLanes, threads - w * kLanes);
   for (;;) {
-    const bool downwards = random_bits() & 1;
-    unsigned waiting = 0;
-    Barrier barrier;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = fibers[downwards ? threads - 1 - i : i];
-      resume(fiber);
-      if (fiber.finished) continue;
-      if (waiting > 0 && !(fiber.barrier == barrier)) {
-        fail("threads of a block wait at different barriers");
+    run_to_barrier(number);
+    const Fiber* waiting = nullptr;
+    unsigned finished = 0;
+    for (unsigned t = 0; t < threads; ++t) {
+      const Fiber& fiber = fibers[t];
+      if (fiber.finished) {
+        ++finished;
+      } else if (waiting == nullptr) {
+        waiting = &fiber;
+      } else if (!(fiber.operation == waiting->operation)) {
+        fail("threads of a block wait at different barriers", waiting->operation, fiber.operation);
       }
-      barrier = fiber.barrier;
-      ++waiting;
     }
-    if (waiting == 0) return;
-    if (waiting < threads) fail("some threads of a block returned while others wait at a barrier");
+    if (finished == threads) return;
+    if (finished > 0) {
+      fail("some threads of a block returned while others wait at a barrier", waiting->operation);
+    }
+  }
+}
+
+// The running thread's place in its block.
+unsigned warp_index() { return (running - fibers.data()) / kLanes; }
+unsigned lane_index() { return (running - fibers.data()) % kLanes; }
+
+// Where the lanes of the running thread's warp put what they bring to the operation that comes.
+Deposit* deposits() {
+  Warp& warp = warps[warp_index()];
+  return warp.deposits[warp.parity];
+}
+
+void wait(const Operation& operation, bool with_warp) {
+  running->operation = operation;
+  running->with_warp = with_warp;
+  yield();
+}
+
+void check_mask(const Operation& operation, unsigned mask) {
+  if (mask != 0xffffffff) fail("only full masks are supported", operation);
+}
+
+void check_full_warp(const Operation& operation) {
+  if (warps[warp_index()].lanes != kLanes) fail("a warp of fewer than 32 lanes", operation);
+}
+
+float2 unpack(uint32_t pair, bool bfloat16) {
+  const uint16_t low = pair & 0xffff, high = pair >> 16;
+  return bfloat16 ? __bfloat1622float2({{low}, {high}}) : __half22float2({{low}, {high}});
+}
+
+// Registers of pairs of A: (row t / 4, k 2q and 2q + 1), where q = t % 4, then row t / 4 + 8, then
+// both for k + 8. B: (k 2q and 2q + 1, n t / 4), then k + 8. D: (row t / 4, n 2q and 2q + 1), then
+// row t / 4 + 8.
+void mma(const Operation& operation, float (&d)[4], const uint32_t* a, const uint32_t* b,
+         unsigned k, bool bfloat16) {
+  check_full_warp(operation);
+  const Deposit* all = deposits();
+  const unsigned lane = lane_index();
+  Deposit& own = deposits()[lane];
+  for (unsigned i = 0; i < k / 4; ++i) {
+    const float2 pair = unpack(a[i], bfloat16);
+    own.a[2 * i] = pair.x;
+    own.a[2 * i + 1] = pair.y;
+  }
+  for (unsigned i = 0; i < k / 8; ++i) {
+    const float2 pair = unpack(b[i], bfloat16);
+    own.b[2 * i] = pair.x;
+    own.b[2 * i + 1] = pair.y;
+  }
+  wait(operation, true);
+  for (unsigned i = 0; i < 4; ++i) {
+    const Deposit* row = &all[lane / 4 * 4];
+    const Deposit* column = &all[(lane % 4 * 2 + i % 2) * 4];
+    for (unsigned j = 0; j < k; ++j) {
+      const unsigned q = j % 8 / 2;
+      d[i] += row[q].a[j / 8 * 4 + i / 2 * 2 + j % 2] * column[q].b[j / 8 * 2 + j % 2];
+    }
   }
 }
 
@@ -207,11 +353,76 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
   return cudaSuccess;
 }
 
+uint64_t shuffle_bits(const Operation& operation, unsigned mask, Shuffle shuffle, uint64_t bits,
+                      unsigned operand, int width) {
+  check_mask(operation, mask);
+  if (width < 1 || width > static_cast<int>(kLanes) || (width & (width - 1)) != 0) {
+    fail("the width is no power of two up to 32", operation);
+  }
+  const Deposit* all = deposits();
+  const unsigned lane = lane_index();
+  deposits()[lane].bits = bits;
+  wait(operation, true);
+
+  // As PTX's shfl.sync: five bits of the operand count, and a lane beyond the group of `width`
+  // lanes stands for the own one.
+  operand %= kLanes;
+  const unsigned first = lane / width * width, last = first + width - 1;
+  unsigned source = shuffle == Shuffle::index  ? first + operand % width
+                    : shuffle == Shuffle::down ? lane + operand
+                                               : lane ^ operand;
+  if (source > last) source = lane;
+  return source < warps[warp_index()].lanes ? all[source].bits : ~uint64_t{0};
+}
+
+void ldmatrix(const Operation& operation, uint32_t* r, unsigned matrices, bool transposed,
+              const void* row) {
+  check_full_warp(operation);
+  const Deposit* all = deposits();
+  const unsigned lane = lane_index();
+  if (lane < 8 * matrices) {
+    using Word __attribute__((may_alias)) = const uint32_t;
+    const auto offset = reinterpret_cast<uintptr_t>(row) -
+                        reinterpret_cast<uintptr_t>(effnet::cuda::dynamic_shared_memory);
+    if (offset >= kSharedMost) fail("a row outside of shared memory", operation);
+    if (offset % 16 != 0) fail("a row that is not aligned to 16 bytes", operation);
+    // Loads that AddressSanitizer checks: the launch may have asked for less than there is.
+    for (unsigned i = 0; i < 4; ++i) deposits()[lane].row[i] = static_cast<Word*>(row)[i];
+  }
+  wait(operation, true);
+
+  const auto element = [&](unsigned matrix, unsigned i, unsigned j) {
+    return all[matrix * 8 + i].row[j / 2] >> (j % 2 * 16) & 0xffff;
+  };
+  const unsigned i = lane / 4, j = lane % 4 * 2;
+  for (unsigned m = 0; m < matrices; ++m) {
+    r[m] = transposed ? element(m, j, i) | element(m, j + 1, i) << 16
+                      : element(m, i, j) | element(m, i, j + 1) << 16;
+  }
+}
+
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
+                  const char* file, int line) {
+  const char* name = bfloat16 ? "mma_m16n8k16 of bfloat16" : "mma_m16n8k16 of float16";
+  mma({name, file, line}, d, a, b, 16, bfloat16);
+}
+
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], bool bfloat16,
+                 const char* file, int line) {
+  const char* name = bfloat16 ? "mma_m16n8k8 of bfloat16" : "mma_m16n8k8 of float16";
+  mma({name, file, line}, d, a, b, 8, bfloat16);
+}
+
 }  // namespace cuda_emulator
 
 void __syncthreads(const char* file, int line) {
-  cuda_emulator::running->barrier = {file, line};
-  cuda_emulator::yield();
+  cuda_emulator::wait({"__syncthreads", file, line}, false);
+}
+
+void __syncwarp(unsigned mask, const char* file, int line) {
+  const cuda_emulator::Operation operation{"__syncwarp", file, line};
+  cuda_emulator::check_mask(operation, mask);
+  cuda_emulator::wait(operation, true);
 }
 
 // Few multiprocessors make launchers give a block much work, many make them cut the work small:

@@ -6,7 +6,12 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
+
+// Device code asks for this where it would otherwise use inline PTX.
+#define EFFNET_CUDA_EMULATOR 1
 
 #define __global__
 #define __device__
@@ -40,8 +45,102 @@ using std::min;
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-// The default arguments tell the emulator which barrier of the source a thread waits at.
+inline float __int_as_float(int x) {
+  float y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+inline int __float_as_int(float x) {
+  int y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// The default arguments tell the emulator which barrier of the source a thread waits at, here
+// and below; kernels leave them out.
 void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+
+// Warp operations: collective over the 32 lanes of a warp, which wait for each other. Masks must be
+// full. A block whose size is no multiple of 32 has a short last warp: its lanes shuffle among
+// themselves and read NaN (all bits set) from lanes that do not exist.
+void __syncwarp(unsigned mask = 0xffffffff, const char* file = __builtin_FILE(),
+                int line = __builtin_LINE());
+
+namespace cuda_emulator {
+
+// A place in the source where threads wait for each other; the compiler may have made several of
+// it.
+struct Operation {
+  const char* name;
+  const char* file;
+  int line;
+};
+
+enum class Shuffle { index, down, butterfly };
+
+// The bits that the lane given by `operand` had.
+uint64_t shuffle_bits(const Operation& operation, unsigned mask, Shuffle shuffle, uint64_t bits,
+                      unsigned operand, int width);
+
+template <class T>
+T shuffle(const Operation& operation, unsigned mask, Shuffle shuffle, T value, unsigned operand,
+          int width) {
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  bits = shuffle_bits(operation, mask, shuffle, bits, operand, width);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// ldmatrix.sync.aligned.m8n8.x{1,2,4}[.trans].shared.b16: lane l gives the address of row l % 8 of
+// matrix l / 8. A row is read when its lane arrives, so that a __syncwarp missing before it
+// changes results.
+void ldmatrix(const Operation& operation, uint32_t* r, unsigned matrices, bool transposed,
+              const void* row);
+
+#define EFFNET_LDMATRIX(name, matrices, transposed)                                               \
+  inline void name(uint32_t (&r)[matrices], const void* row, const char* file = __builtin_FILE(), \
+                   int line = __builtin_LINE()) {                                                 \
+    ldmatrix({#name, file, line}, r, matrices, transposed, row);                                  \
+  }
+EFFNET_LDMATRIX(ldmatrix_x1, 1, false)
+EFFNET_LDMATRIX(ldmatrix_x2, 2, false)
+EFFNET_LDMATRIX(ldmatrix_x4, 4, false)
+EFFNET_LDMATRIX(ldmatrix_x1_trans, 1, true)
+EFFNET_LDMATRIX(ldmatrix_x2_trans, 2, true)
+EFFNET_LDMATRIX(ldmatrix_x4_trans, 4, true)
+#undef EFFNET_LDMATRIX
+
+// mma.sync.aligned.m16n8k{16,8}.row.col.f32.{bf16.bf16,f16.f16}.f32: d += a * b.
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
+                  const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], bool bfloat16,
+                 const char* file = __builtin_FILE(), int line = __builtin_LINE());
+
+}  // namespace cuda_emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_emulator::shuffle({"__shfl_sync", file, line}, mask, cuda_emulator::Shuffle::index,
+                                value, source, width);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_emulator::shuffle({"__shfl_down_sync", file, line}, mask,
+                                cuda_emulator::Shuffle::down, value, delta, width);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                  const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return cuda_emulator::shuffle({"__shfl_xor_sync", file, line}, mask,
+                                cuda_emulator::Shuffle::butterfly, value, lane_mask, width);
+}
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
