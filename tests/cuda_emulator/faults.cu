@@ -50,7 +50,208 @@ __global__ void correct(float* x) {
   x[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
-constexpr unsigned kBlocks = 4, kThreads = 32;
+constexpr unsigned kFull = 0xffffffff;
+
+__global__ void diverging_shuffles(float* x) {
+  float y = threadIdx.x;
+  if (threadIdx.x < 3) {
+    y = __shfl_xor_sync(kFull, y, 1);
+  } else {
+    y = __shfl_xor_sync(kFull, y, 1);
+  }
+  x[threadIdx.x] = y;
+}
+
+__global__ void diverging_kinds(float* x) {
+  const float y = threadIdx.x;
+  x[threadIdx.x] = y < 3.f ? __shfl_sync(kFull, y, 1) : __shfl_down_sync(kFull, y, 1);
+}
+
+__global__ void shuffle_after_return(float* x) {
+  if (threadIdx.x == 5) return;
+  x[threadIdx.x] = __shfl_sync(kFull, 1.f, 0);
+}
+
+__global__ void shuffle_beside_barrier(float* x) {
+  if (threadIdx.x == 5) {
+    __syncthreads();
+  } else {
+    x[threadIdx.x] = __shfl_sync(kFull, 1.f, 0);
+  }
+}
+
+__global__ void partial_mask(float* x) { x[threadIdx.x] = __shfl_sync(0xffffu, 1.f, 0); }
+
+__global__ void short_warp_mma(float* x) {
+  float d[4] = {};
+  cuda_emulator::mma_m16n8k8(d, {0, 0}, {0}, true);
+  x[threadIdx.x] = d[0];
+}
+
+// Blocks have 32 floats of shared memory: the ninth row is the first beyond.
+__global__ void ldmatrix_overrun(float* x) {
+  uint32_t r[2];
+  cuda_emulator::ldmatrix_x2(r, shared_floats() + 4 * (threadIdx.x % 16));
+  x[threadIdx.x] = r[0];
+}
+
+__global__ void ldmatrix_global(float* x) {
+  uint32_t r[1];
+  cuda_emulator::ldmatrix_x1(r, x + 4 * (threadIdx.x % 8));
+  x[threadIdx.x] = r[0];
+}
+
+__global__ void ldmatrix_misaligned(float* x) {
+  uint32_t r[1];
+  cuda_emulator::ldmatrix_x1(r, shared_floats() + threadIdx.x % 8 + 2);
+  x[threadIdx.x] = r[0];
+}
+
+// Some rows are read before the lanes that write them have come that far.
+__global__ void missing_syncwarp(float* x) {
+  shared_floats()[threadIdx.x] = 1.f;
+  uint32_t r[1];
+  cuda_emulator::ldmatrix_x1(r, shared_floats() + 4 * (threadIdx.x % 8));
+  r[0] = __shfl_sync(kFull, r[0], threadIdx.x);
+  x[blockIdx.x * blockDim.x + threadIdx.x] = r[0] == 0xffffffff ? NAN : 1.f;
+}
+
+// Correct kernels count what they found right.
+
+// Warps shuffle different numbers of times; the last one of a block of 80 threads has 16 lanes.
+__global__ void shuffles(float* x) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int lanes = warp == 2 ? 16 : 32;
+  int right = 0;
+  for (int round = 0; round <= warp; ++round) {
+    float sum = thread + round;
+    for (int i = lanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(kFull, sum, i);
+    right += sum == lanes * (warp * 32 + round) + lanes * (lanes - 1) / 2;
+  }
+  right -= warp;
+
+  double down = lane;
+  for (int i = 16; i > 0; i /= 2) down += __shfl_down_sync(kFull, down, i);
+  right += lanes == 32 ? lane > 0 || down == 496.0 : lane > 0 || std::isnan(down);
+  // Groups of 8 lanes; beyond their ends lanes keep their own values.
+  right += __shfl_sync(kFull, lane, 11, 8) == lane / 8 * 8 + 3;
+  right +=
+      __shfl_down_sync(kFull, unsigned(lane), 3u, 8) == unsigned(lane % 8 < 5 ? lane + 3 : lane);
+  right += __shfl_xor_sync(kFull, int64_t{lane} << 40, 8, 8) ==
+           int64_t{lane % 16 < 8 ? lane : lane - 8} << 40;
+
+  // Neighbours in the warp, by way of memory.
+  for (int round = 0; round < 2; ++round) {
+    shared_floats()[thread] = thread + round;
+    __syncwarp();
+    right +=
+        shared_floats()[warp * 32 + (lane + 1) % lanes] == warp * 32 + (lane + 1) % lanes + round;
+    __syncwarp();
+  }
+  __syncthreads();
+  right += shared_floats()[79 - thread] == 80 - thread;
+  x[blockIdx.x * blockDim.x + thread] = __int_as_float(__float_as_int(right));
+}
+
+// Four matrices, whose rows lie 48 bytes apart and the last row first.
+__global__ void ldmatrices(float* x) {
+  using namespace cuda_emulator;
+  uint16_t* shared = reinterpret_cast<uint16_t*>(shared_floats());
+  const auto row = [&](unsigned i) { return shared + 24 * (31 - i); };
+  for (unsigned j = 0; j < 8; ++j) row(threadIdx.x)[j] = 1000 * (threadIdx.x + 1) + j;
+  __syncwarp();
+
+  const auto check = [&](const uint32_t* r, unsigned matrices, bool transposed) {
+    int right = 0;
+    const unsigned i = threadIdx.x / 4, j = 2 * (threadIdx.x % 4);
+    for (unsigned m = 0; m < matrices; ++m) {
+      const unsigned low = transposed ? row(8 * m + j)[i] : row(8 * m + i)[j];
+      const unsigned high = transposed ? row(8 * m + j + 1)[i] : row(8 * m + i)[j + 1];
+      right += r[m] == (high << 16 | low);
+    }
+    return right;
+  };
+  int right = 0;
+  uint32_t r1[1], r2[2], r4[4];
+  // Only the lanes that count give an address.
+  const void* const own = row(threadIdx.x);
+  const void* const own2 = threadIdx.x < 16 ? own : nullptr;
+  const void* const own1 = threadIdx.x < 8 ? own : nullptr;
+  ldmatrix_x1(r1, own1);
+  right += check(r1, 1, false);
+  ldmatrix_x2(r2, own2);
+  right += check(r2, 2, false);
+  ldmatrix_x4(r4, own);
+  right += check(r4, 4, false);
+  ldmatrix_x1_trans(r1, own1);
+  right += check(r1, 1, true);
+  ldmatrix_x2_trans(r2, own2);
+  right += check(r2, 2, true);
+  ldmatrix_x4_trans(r4, own);
+  right += check(r4, 4, true);
+  x[blockIdx.x * blockDim.x + threadIdx.x] = right;
+}
+
+// A (16, K) and B (K, 8) lie in shared memory, row by row. The first blocks multiply integers, the
+// others infinities and NaN too.
+template <class T, int K>
+__global__ void multiply(float* x) {
+  using namespace cuda_emulator;
+  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
+  const int lane = threadIdx.x;
+  const bool special = blockIdx.x >= 2;
+  const auto a = [&](int i, int k) -> float {
+    if (special && i == 3 && k == K - 3) return INFINITY;
+    return (i * 7 + k * 3) % 11 - 5;
+  };
+  const auto b = [&](int k, int j) -> float {
+    if (special && k == 2 && j == 6) return NAN;
+    return k == K - 3 ? j - 1 : (k * 5 + j * 2) % 13 - 6;
+  };
+  const auto c = [](int i, int j) -> float { return i * 8 + j; };
+
+  T* shared_a = reinterpret_cast<T*>(shared_floats());
+  T* shared_b = shared_a + 16 * K;
+  for (int i = lane; i < 16 * K; i += 32) {
+    shared_a[i] = effnet::cuda::from_float<T>(a(i / K, i % K));
+  }
+  for (int i = lane; i < 8 * K; i += 32) {
+    shared_b[i] = effnet::cuda::from_float<T>(b(i / 8, i % 8));
+  }
+  __syncwarp();
+
+  const int row = lane / 4, column = lane % 4 * 2;
+  float d[4] = {c(row, column), c(row, column + 1), c(row + 8, column), c(row + 8, column + 1)};
+  // Twice, to see it accumulate.
+  for (int round = 0; round < 2; ++round) {
+    const T* const row_a = shared_a + lane % 16 * K + (K == 16 ? lane / 16 * 8 : 0);
+    const T* const row_b = shared_b + lane % K * 8;
+    if constexpr (K == 16) {
+      uint32_t fragment_a[4], fragment_b[2];
+      ldmatrix_x4(fragment_a, row_a);
+      ldmatrix_x2_trans(fragment_b, row_b);
+      mma_m16n8k16(d, fragment_a, fragment_b, kBfloat16);
+    } else {
+      uint32_t fragment_a[2], fragment_b[1];
+      ldmatrix_x2(fragment_a, row_a);
+      ldmatrix_x1_trans(fragment_b, row_b);
+      mma_m16n8k8(d, fragment_a, fragment_b, kBfloat16);
+    }
+  }
+  int right = 0;
+  for (int n = 0; n < 4; ++n) {
+    const int i = row + n / 2 * 8, j = column + n % 2;
+    float expected = c(i, j);
+    for (int k = 0; k < K; ++k) expected += 2.f * a(i, k) * b(k, j);
+    right += d[n] == expected || (std::isnan(d[n]) && std::isnan(expected));
+    // A NaN where zero meets infinity, and where there was one, but nowhere else.
+    right += std::isnan(d[n]) == (special && (j == 6 || (i == 3 && j == 1)));
+    right += std::isinf(d[n]) == (special && i == 3 && j != 6 && j != 1);
+  }
+  x[blockIdx.x * blockDim.x + lane] = right;
+}
+
+constexpr unsigned kBlocks = 4;
 
 bool launch(void (*kernel)(float*), unsigned grid, unsigned block, size_t shared_bytes,
             float* data) {
@@ -61,23 +262,43 @@ bool launch(void (*kernel)(float*), unsigned grid, unsigned block, size_t shared
 
 int main(int argc, char** argv) {
   const char* name = argc > 1 ? argv[1] : "";
-  std::vector<float> data(kBlocks * kThreads);
+  constexpr size_t kFloats = 32 * sizeof(float), kMore = 4096;
   const struct {
     const char* name;
     void (*kernel)(float*);
+    unsigned threads = 32;
+    size_t shared_bytes = kFloats;
   } kernels[] = {{"diverging_barriers", diverging_barriers},
                  {"early_return", early_return},
                  {"shared_overrun", shared_overrun},
                  {"global_overrun", global_overrun},
                  {"misaligned_vector", misaligned_vector},
                  {"missing_barrier", missing_barrier},
-                 {"correct", correct}};
+                 {"correct", correct},
+                 {"diverging_shuffles", diverging_shuffles},
+                 {"diverging_kinds", diverging_kinds},
+                 {"shuffle_after_return", shuffle_after_return},
+                 {"shuffle_beside_barrier", shuffle_beside_barrier},
+                 {"partial_mask", partial_mask},
+                 {"short_warp_mma", short_warp_mma, 16},
+                 {"ldmatrix_overrun", ldmatrix_overrun},
+                 {"ldmatrix_global", ldmatrix_global},
+                 {"ldmatrix_misaligned", ldmatrix_misaligned},
+                 {"missing_syncwarp", missing_syncwarp},
+                 {"shuffles", shuffles, 80, kMore},
+                 {"ldmatrices", ldmatrices, 32, kMore},
+                 {"multiply_k16_bfloat16", multiply<__nv_bfloat16, 16>, 32, kMore},
+                 {"multiply_k16_float16", multiply<__half, 16>, 32, kMore},
+                 {"multiply_k8_bfloat16", multiply<__nv_bfloat16, 8>, 32, kMore},
+                 {"multiply_k8_float16", multiply<__half, 8>, 32, kMore}};
   for (const auto& k : kernels) {
     if (std::strcmp(name, k.name) != 0) continue;
-    launch(k.kernel, kBlocks, kThreads, kThreads * sizeof(float), data.data());
+    std::vector<float> data(kBlocks * k.threads);
+    launch(k.kernel, kBlocks, k.threads, k.shared_bytes, data.data());
     for (const float x : data) std::printf("%g ", x);
     return 0;
   }
+  std::vector<float> data(32);
   if (std::strcmp(name, "refused_launches") == 0) {
     std::printf("%d", launch(correct, 0, 32, 1024, data.data()));
     std::printf("%d", launch(correct, 1, 1025, 1024, data.data()));

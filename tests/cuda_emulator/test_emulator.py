@@ -27,6 +27,15 @@ def built() -> tuple[Path, Path]:
         ("shared_overrun", "AddressSanitizer: use-after-poison"),
         ("global_overrun", "AddressSanitizer: heap-buffer-overflow"),
         ("misaligned_vector", "store to misaligned address"),
+        ("diverging_shuffles", "wait at different warp operations"),
+        ("diverging_kinds", "wait at different warp operations"),
+        ("shuffle_after_return", "returned while others wait at a warp operation"),
+        ("shuffle_beside_barrier", "wait at a barrier while others wait at a warp operation"),
+        ("partial_mask", "only full masks"),
+        ("short_warp_mma", "a warp of fewer than 32 lanes"),
+        ("ldmatrix_overrun", "AddressSanitizer: use-after-poison"),
+        ("ldmatrix_global", "a row outside of shared memory"),
+        ("ldmatrix_misaligned", "a row that is not aligned"),
     ],
 )
 def test_faults_are_found(fault: str, report: str, built: tuple[Path, Path]) -> None:
@@ -36,18 +45,36 @@ def test_faults_are_found(fault: str, report: str, built: tuple[Path, Path]) -> 
     assert report in result.stderr
 
 
+def output(program: Path, name: str) -> str:
+    """What a kernel that the emulator does not stop computes."""
+    result = subprocess.run([program, name], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_faultless_and_refused(built: tuple[Path, Path]) -> None:
-    """A correct kernel's results, a race's NaN, and the launches that a GPU would refuse."""
-
-    def output(name: str) -> str:
-        result = subprocess.run([built[1], name], capture_output=True, text=True, timeout=60)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    assert set(output("correct").split()) == {"15872"}
-    assert "nan" in output("missing_barrier")
+    """A correct kernel's results, races' NaN, and the launches that a GPU would refuse."""
+    assert set(output(built[1], "correct").split()) == {"15872"}
+    assert "nan" in output(built[1], "missing_barrier")
+    assert "nan" in output(built[1], "missing_syncwarp")
     # No block, 1025 threads, more than 48 KB without asking, 64 KB on request; 228 KB: refused.
-    assert output("refused_launches") == "00011"
+    assert output(built[1], "refused_launches") == "00011"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "checks"),
+    [
+        ("shuffles", 8),
+        ("ldmatrices", 14),
+        ("multiply_k16_bfloat16", 12),
+        ("multiply_k16_float16", 12),
+        ("multiply_k8_bfloat16", 12),
+        ("multiply_k8_float16", 12),
+    ],
+)
+def test_warp_operations(kernel: str, checks: int, built: tuple[Path, Path]) -> None:
+    """Every thread finds all that it checks to be right."""
+    assert set(output(built[1], kernel).split()) == {str(checks)}
 
 
 def test_kernels(built: tuple[Path, Path]) -> None:
