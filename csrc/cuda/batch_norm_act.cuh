@@ -60,7 +60,7 @@ constexpr size_t kStatisticsSharedBytes = 3 * kStatisticsThreads * sizeof(double
 // mean[c], var[c] (biased) from per-block moments: partial is (3, slots, channels), the planes
 // being count, mean and M2. A block takes 8 channels, 32 threads each: thread (lane, c) merges
 // every 32nd slot, then lane 0 merges the lanes, always in this order. Blocks: ceil(channels / 8).
-__global__ void __launch_bounds__(kStatisticsThreads)
+static __global__ void __launch_bounds__(kStatisticsThreads)
     batch_statistics_kernel(const double* __restrict__ partial, int slots, int channels,
                             float* mean_out, float* var_out) {
   const int lane = threadIdx.x / kStatisticsChannels;

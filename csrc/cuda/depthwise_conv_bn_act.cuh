@@ -51,12 +51,13 @@ struct DepthwiseTiling {
   int64_t chunks;  // of images
 };
 
-// A block's place in a DepthwiseTiling.
+// A block's place in a tiling.
 struct DepthwiseBlock {
   int channel, band, segment;
   int64_t chunk;
 
-  EFFNET_DEVICE explicit DepthwiseBlock(const DepthwiseTiling& tiling) {
+  template <class Tiling>
+  EFFNET_DEVICE explicit DepthwiseBlock(const Tiling& tiling) {
     int block = blockIdx.x;
     channel = (block % tiling.channel_blocks) * kBlockChannels;
     block /= tiling.channel_blocks;
@@ -67,7 +68,8 @@ struct DepthwiseBlock {
   }
 
   // Of the per-block partial results.
-  EFFNET_DEVICE int64_t slot(const DepthwiseTiling& tiling) const {
+  template <class Tiling>
+  EFFNET_DEVICE int64_t slot(const Tiling& tiling) const {
     return (chunk * tiling.segments + segment) * tiling.bands + band;
   }
 };
@@ -339,10 +341,10 @@ struct InputSource {
   }
 };
 
-template <class T>
+template <class T, class Tiling = DepthwiseTiling>
 struct ForwardArguments {
   DepthwiseShape shape;
-  DepthwiseTiling tiling;
+  Tiling tiling;
   const T* __restrict__ input;
   const T* __restrict__ weight;
   Prologue prologue;

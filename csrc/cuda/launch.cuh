@@ -21,11 +21,20 @@ class __attribute__((visibility("hidden"))) Device {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
-                                          tensor.get_device_index()));
+    const int index = tensor.get_device_index();
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
   }
 
   int multiprocessors() const { return multiprocessors_; }
+
+  // Shared memory of a block, where `blocks` are to be on a multiprocessor at a time.
+  int shared_bytes(int blocks) const {
+    constexpr int kReserved = 1024;  // by the system, of each block
+    return shared_bytes_ / blocks - kReserved;
+  }
 
   // Launches kernel<<<(blocks), threads, shared_bytes>>>(arguments...) on the current stream and
   // raises if the launch was refused. Grids are one-dimensional: x alone goes past 65535.
@@ -53,6 +62,7 @@ class __attribute__((visibility("hidden"))) Device {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   int multiprocessors_ = 0;
+  int shared_bytes_ = 0;
 };
 
 }  // namespace effnet::cuda

@@ -74,6 +74,7 @@ namespace cuda_emulator {
 namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
+constexpr unsigned kMostCopies = 64;
 
 // Pointers first: nearly always the same literal.
 bool equal(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
@@ -89,6 +90,11 @@ struct Fiber {
   bool finished = true;
   Operation operation{"", "", 0};  // what it waits at,
   bool with_warp = false;          // for its warp alone
+  struct Copy {
+    void* shared;
+    uint64_t data[2];
+  } copies[kMostCopies];  // begun and not yet waited for
+  unsigned copy_count = 0;
 };
 
 // What a lane brings to a warp operation.
@@ -425,9 +431,37 @@ void __syncwarp(unsigned mask, const char* file, int line) {
   cuda_emulator::wait(operation, true);
 }
 
+namespace cuda_emulator {
+
+void cp_async(void* shared, const void* global, int bytes) {
+  Fiber& fiber = *running;
+  if (fiber.copy_count == kMostCopies) fail("too many asynchronous copies before a wait");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    fail("an asynchronous copy of 16 bytes is not aligned to them");
+  }
+  Fiber::Copy& copy = fiber.copies[fiber.copy_count++];
+  copy = {shared, {}};
+  std::memcpy(copy.data, global, bytes);
+}
+
+void cp_async_wait_all() {
+  Fiber& fiber = *running;
+  for (unsigned i = 0; i < fiber.copy_count; ++i) {
+    std::memcpy(fiber.copies[i].shared, fiber.copies[i].data, sizeof(fiber.copies[i].data));
+  }
+  fiber.copy_count = 0;
+}
+
+}  // namespace cuda_emulator
+
 // Few multiprocessors make launchers give a block much work, many make them cut the work small:
 // tests ask for both.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) {
+    *value = kSharedMost + 1024;
+    return cudaSuccess;
+  }
   const char* multiprocessors = std::getenv("CUDA_EMULATOR_MULTIPROCESSORS");
   *value = multiprocessors == nullptr ? 132 : std::atoi(multiprocessors);
   return cudaSuccess;

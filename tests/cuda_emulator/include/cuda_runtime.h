@@ -19,6 +19,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct uint3 {
   unsigned x, y, z;
@@ -27,6 +28,14 @@ struct uint3 {
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) int2 {
+  int x, y;
+};
+
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 
 struct alignas(8) float2 {
@@ -119,6 +128,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], bool bfloat16,
                  const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
+// cp.async of 16 bytes, of which `bytes` are read and the rest are zeros. The shared memory changes
+// when the thread waits, so that a missing wait changes results.
+void cp_async(void* shared, const void* global, int bytes);
+void cp_async_wait_all();
+
 }  // namespace cuda_emulator
 
 template <class T>
@@ -144,7 +158,10 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 

@@ -1,0 +1,3 @@
+#include "depthwise_conv_bn_act_launches.cuh"
+
+template struct effnet::cuda::DepthwiseLaunches<__nv_bfloat16>;

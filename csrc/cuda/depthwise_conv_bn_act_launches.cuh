@@ -1,0 +1,410 @@
+// The launches of the depthwise op on one storage type: choice of the kernel's instantiation,
+// cutting into blocks, workspaces. The kernels are in depthwise_conv_mma.cuh,
+// depthwise_conv_bn_act.cuh and batch_norm_act.cuh.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include "batch_norm_act.cuh"
+#include "depthwise_conv_bn_act.cuh"
+#include "depthwise_conv_bn_act.h"
+#include "depthwise_conv_mma.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace effnet::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Whether every pointer allows 16-byte accesses at each multiple of a vector of channels.
+inline bool allows_vectors(int channels, int vector, std::initializer_list<const void*> pointers) {
+  if (channels % vector != 0) return false;
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+// Calls body(Constant<V>): V is 16 bytes' worth of T, or 1.
+template <class T, class Body>
+void for_vector(int channels, std::initializer_list<const void*> pointers, const Body& body) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (allows_vectors(channels, kVector, pointers)) {
+    body(Constant<kVector>{});
+  } else {
+    body(Constant<1>{});
+  }
+}
+
+// Calls body(Constant<K>, Constant<S>).
+template <class Body>
+void for_window(const DepthwiseShape& shape, const Body& body) {
+  const auto with_kernel = [&](auto kernel) {
+    if (shape.stride == 1) {
+      body(kernel, Constant<1>{});
+    } else {
+      body(kernel, Constant<2>{});
+    }
+  };
+  switch (shape.kernel) {
+    case 3:
+      return with_kernel(Constant<3>{});
+    case 5:
+      return with_kernel(Constant<5>{});
+    default:
+      return with_kernel(Constant<7>{});
+  }
+}
+
+// A workspace of the caching allocator: free for reuse on this stream when it goes out of scope,
+// and part of a CUDA graph's pool during capture.
+inline Tensor workspace(const Tensor& like, int64_t elements,
+                        ScalarType dtype = ScalarType::Float) {
+  return torch::stable::new_empty(like, {elements}, dtype);
+}
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// About how many threads a multiprocessor holds of these kernels (their registers allow no more);
+// and of how many such waves a grid should be, so that the last one costs little.
+constexpr int kResidentThreads = 512;
+constexpr int kWaves = 4;
+
+// Cuts the tensor whose patches the threads own, (batch, rows, columns, channels), into blocks.
+// Large batches: a block goes through several images, which spares weights and partial results.
+// Small ones: images are cut into segments of rows until every multiprocessor has work.
+template <class Sizes>
+DepthwiseTiling depthwise_tiling(const Device& device, int64_t batch, int channels, int rows,
+                                 int columns) {
+  DepthwiseTiling tiling;
+  tiling.channel_blocks = static_cast<int>(ceil_div(channels, kBlockChannels));
+  const int64_t patches = ceil_div(columns, kPatchW);
+  tiling.bands = static_cast<int>(ceil_div(patches, Sizes::kMaxPatches));
+  tiling.patches = static_cast<int>(ceil_div(patches, tiling.bands));
+
+  const int64_t wave = std::max<int64_t>(
+      1, int64_t{device.multiprocessors()} * kResidentThreads / (tiling.patches * Sizes::kLanes));
+  const int64_t per_image = int64_t{tiling.channel_blocks} * tiling.bands;
+  const int64_t most = ceil_div(rows, Sizes::kPatchH);
+  const int64_t wanted = std::min(most, ceil_div(wave, batch * per_image));
+  tiling.segment_rows = static_cast<int>(ceil_div(most, wanted)) * Sizes::kPatchH;
+  tiling.segments = static_cast<int>(ceil_div(rows, tiling.segment_rows));
+  tiling.images =
+      std::clamp<int64_t>(batch * per_image * tiling.segments / (wave * kWaves), int64_t{1}, batch);
+  tiling.chunks = ceil_div(batch, tiling.images);
+  return tiling;
+}
+
+template <class Tiling>
+int64_t block_count(const Tiling& t) {
+  return t.chunks * t.segments * t.bands * t.channel_blocks;
+}
+
+template <class Tiling>
+int64_t slot_count(const Tiling& t) {
+  return t.chunks * t.segments * t.bands;
+}
+
+// The tensor cores' kernel cuts the output into bands of up to 56 columns (28 with stride 2, whose
+// bands read twice as many), and chooses a step's rows and images so that as little as possible is
+// staged twice, computed in vain or waited for.
+template <int K, int S>
+MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s) {
+  constexpr int kBlocks = kMmaBlocks<K>;
+  const int shared_bytes = device.shared_bytes(kBlocks);
+  const int wave = device.multiprocessors() * kBlocks;
+  const int column_blocks = static_cast<int>(ceil_div(s.out_w, kSegmentColumns));
+
+  MmaTiling best{};
+  best.channel_blocks = static_cast<int>(ceil_div(s.channels, kBlockChannels));
+  double least = 0.;
+  for (int bands = static_cast<int>(ceil_div(column_blocks, S == 1 ? 7 : 4));
+       best.rows == 0 && bands <= column_blocks; ++bands) {
+    MmaTiling t = best;
+    t.column_blocks = static_cast<int>(ceil_div(column_blocks, bands));
+    t.bands = static_cast<int>(ceil_div(column_blocks, t.column_blocks));
+    for (t.rows = 1; t.rows <= std::min(s.out_h + 1, 16); ++t.rows) {
+      const int steps = static_cast<int>(ceil_div(s.out_h, t.rows));
+      for (t.group_images = 1; t.group_images <= 8; t.group_images *= 2) {
+        const int image_segments = t.rows * t.column_blocks;
+        const bool whole_tiles =
+            image_segments % kTileSegments == 0 || 2 * image_segments == kTileSegments;
+        // Several images: where they are walked in one step, and leave no multiprocessor idle.
+        if (t.group_images > 1 &&
+            (steps > 1 || !whole_tiles ||
+             s.batch / t.group_images * best.channel_blocks * t.bands < wave)) {
+          break;
+        }
+        t.layout = mma_layout<MmaSizes<K, S>>(t);
+        const MmaLayout& l = t.layout;
+        if (l.bytes > shared_bytes) break;
+        // In instructions a warp: 40 for two pixels of 8 channels that are staged, 4 a product and
+        // 10 for each of its lane's results, 400 for the barriers of a step.
+        const double staged = (l.slots + (steps - 1) * t.rows) * MmaSizes<K, S>::kClasses * l.pairs;
+        const double tiles = l.tiles * steps;
+        const double cost =
+            (staged * kVectors * 40. / 32 + tiles * kMmaWarps * kWarpChannels * (4. * K * S + 40.) +
+             steps * kMmaWarps * 400.) *
+            t.bands / t.group_images;
+        if (best.rows == 0 || cost < least) {
+          least = cost;
+          best = t;
+        }
+      }
+    }
+  }
+  STD_TORCH_CHECK(best.rows > 0, "no tile fits the shared memory of this device");
+
+  const int64_t groups = ceil_div(s.batch, best.group_images);
+  const int64_t per_group = int64_t{best.channel_blocks} * best.bands;
+  const int most = static_cast<int>(ceil_div(s.out_h, best.rows));
+  const int64_t wanted = std::min<int64_t>(most, ceil_div(wave, groups * per_group));
+  const int segment_steps = static_cast<int>(ceil_div(most, wanted));
+  best.segment_rows = segment_steps * best.rows;
+  best.segments = static_cast<int>(ceil_div(s.out_h, best.segment_rows));
+  // Images a block: the last wave is to be nearly full, and what a block does once to be little.
+  double shortest = 0.;
+  for (int waves = 1; waves <= 4; ++waves) {
+    const int64_t images =
+        std::max<int64_t>(1, ceil_div(groups * per_group * best.segments, int64_t{wave} * waves));
+    const int64_t blocks = ceil_div(groups, images) * per_group * best.segments;
+    const double time = ceil_div(blocks, wave) * (images * segment_steps + 2.);
+    if (waves == 1 || time < shortest) {
+      shortest = time;
+      best.images = static_cast<int>(images);
+    }
+  }
+  best.chunks = ceil_div(groups, best.images);
+  return best;
+}
+
+// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements.
+template <class T, int V, int K, int S>
+struct Forward {
+  static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels;
+  using Tiling = std::conditional_t<kMma, MmaTiling, DepthwiseTiling>;
+
+  static Tiling tiling(const Device& device, const DepthwiseShape& s) {
+    if constexpr (kMma) {
+      return mma_tiling<K, S>(device, s);
+    } else {
+      return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,
+                                                        s.out_w);
+    }
+  }
+
+  static void launch(const Device& device, const ForwardArguments<T, Tiling>& f) {
+    const int64_t blocks = block_count(f.tiling);
+    if constexpr (kMma) {
+      const size_t bytes = f.tiling.layout.bytes;
+      if (f.training) {
+        device.launch(depthwise_conv_mma_kernel<T, K, S, true>, blocks, kMmaThreads, bytes, f);
+      } else {
+        device.launch(depthwise_conv_mma_kernel<T, K, S, false>, blocks, kMmaThreads, bytes, f);
+      }
+    } else {
+      using Sizes = ForwardSizes<T, V, K, S>;
+      device.launch(depthwise_conv_kernel<T, V, K, S>, blocks, f.tiling.patches * Sizes::kLanes,
+                    Sizes::shared_bytes(f.tiling.patches), f);
+    }
+  }
+};
+
+template <int V>
+RowTiling row_tiling(const Device& device, int64_t groups, int64_t rows, int channels) {
+  RowTiling tiling;
+  tiling.groups = groups;
+  tiling.rows = rows;
+  tiling.channels = channels;
+  const int64_t vectors = ceil_div(channels, V);
+  tiling.channel_blocks = static_cast<int>(ceil_div(vectors, 32));
+  tiling.lanes = static_cast<int>(ceil_div(vectors, tiling.channel_blocks));
+  tiling.row_lanes =
+      static_cast<int>(std::min<int64_t>(kRowThreads / tiling.lanes, ceil_div(rows, kRowUnroll)));
+  // Enough blocks to fill the device, but none with less than one row of each thread's loads.
+  const int64_t most = ceil_div(rows, int64_t{tiling.row_lanes} * kRowUnroll);
+  const int64_t wave = int64_t{device.multiprocessors()} * 2048 / (tiling.lanes * tiling.row_lanes);
+  const int64_t wanted =
+      std::clamp<int64_t>(kWaves * wave / (groups * tiling.channel_blocks), 1, most);
+  tiling.chunk = ceil_div(rows, wanted);
+  tiling.chunks = static_cast<int>(ceil_div(rows, tiling.chunk));
+  return tiling;
+}
+
+inline int64_t block_count(const RowTiling& t) { return t.groups * t.chunks * t.channel_blocks; }
+
+inline int thread_count(const RowTiling& t) { return t.lanes * t.row_lanes; }
+
+// output[o, c] = sum over slots of partial[o, slot, c]; see reduce_partials_kernel.
+template <class Output>
+void reduce_partials(const Device& device, const float* partial, int64_t outer, int64_t slots,
+                     int channels, int64_t outer_stride, int64_t channel_stride, Output* first,
+                     Output* second = nullptr) {
+  STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial sums");
+  device.launch(reduce_partials_kernel<Output>, outer * ceil_div(channels, kReduceChannels),
+                kReduceThreads, kReduceSharedBytes, partial, static_cast<int>(slots), channels,
+                outer_stride, channel_stride, first, second);
+}
+
+template <class T>
+void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& like) {
+  const Device device(like);
+  const DepthwiseShape& s = a.shape;
+  for_vector<T>(s.channels, {a.input, a.output}, [&](auto vector) {
+    for_window(s, [&](auto kernel, auto step) {
+      using Kernel = Forward<T, vector(), kernel(), step()>;
+      ForwardArguments<T, typename Kernel::Tiling> f{};
+      f.shape = s;
+      f.tiling = Kernel::tiling(device, s);
+      f.input = static_cast<const T*>(a.input);
+      f.weight = static_cast<const T*>(a.weight);
+      f.prologue = a.prologue;
+      f.bn = a.bn;
+      f.activation = a.activation;
+      f.output = static_cast<T*>(a.output);
+      f.pooled = static_cast<float*>(a.pooled);
+      const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
+      const bool reduced = a.pooled != nullptr && parts > 1;
+      OptionalTensor partial;
+      if (reduced) {
+        partial = workspace(like, s.batch * parts * s.channels);
+        f.pooled = floats(*partial);
+      }
+      Kernel::launch(device, f);
+      if (reduced) {
+        reduce_partials(device, f.pooled, s.batch, parts, s.channels, s.channels, 1,
+                        static_cast<float*>(a.pooled));
+      }
+    });
+  });
+}
+
+template <class T>
+void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& like) {
+  const Device device(like);
+  const DepthwiseShape& s = a.shape;
+  for_vector<T>(s.channels, {a.input, a.conv, a.output}, [&](auto vector) {
+    constexpr int V = vector();
+    for_window(s, [&](auto kernel, auto step) {
+      using Kernel = Forward<T, V, kernel(), step()>;
+      ForwardArguments<T, typename Kernel::Tiling> f{};
+      f.shape = s;
+      f.tiling = Kernel::tiling(device, s);
+      f.input = static_cast<const T*>(a.input);
+      f.weight = static_cast<const T*>(a.weight);
+      f.prologue = a.prologue;
+      f.training = true;
+      f.output = static_cast<T*>(a.conv);
+      const int64_t slots = slot_count(f.tiling);
+      OptionalTensor partial;
+      if (a.batch_stats) {
+        partial = workspace(like, 3 * slots * s.channels, ScalarType::Double);
+        f.moments = static_cast<double*>(partial->mutable_data_ptr());
+      }
+      Kernel::launch(device, f);
+      if (a.batch_stats) {
+        STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial statistics");
+        device.launch(batch_statistics_kernel, ceil_div(s.channels, kStatisticsChannels),
+                      kStatisticsThreads, kStatisticsSharedBytes, f.moments,
+                      static_cast<int>(slots), s.channels, static_cast<float*>(a.batch_mean),
+                      static_cast<float*>(a.batch_var));
+      }
+    });
+
+    const int64_t image = int64_t{s.out_h} * s.out_w;
+    const bool pool = a.pooled != nullptr;
+    const RowTiling tiling =
+        row_tiling<V>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
+    float* pooled_out = static_cast<float*>(a.pooled);
+    const bool reduced = pool && tiling.chunks > 1;
+    OptionalTensor partial;
+    if (reduced) partial = workspace(like, s.batch * tiling.chunks * s.channels);
+    device.launch(batch_norm_act_kernel<T, V>, block_count(tiling), thread_count(tiling),
+                  pool ? thread_count(tiling) * V * sizeof(float) : 0,
+                  static_cast<const T*>(a.conv), a.bn, a.activation, tiling,
+                  static_cast<T*>(a.output), reduced ? floats(*partial) : pooled_out);
+    if (reduced) {
+      reduce_partials(device, floats(*partial), s.batch, tiling.chunks, s.channels, s.channels, 1,
+                      pooled_out);
+    }
+  });
+}
+
+template <class T>
+void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& like) {
+  const Device device(like);
+  const DepthwiseShape& s = a.shape;
+  for_vector<T>(s.channels, {a.grad_output, a.conv, a.input, a.grad_input}, [&](auto vector) {
+    constexpr int V = vector();
+
+    // Pass one: the gradients of BN's weight and bias, which batch statistics need before pass
+    // two.
+    const int64_t image = int64_t{s.out_h} * s.out_w;
+    const bool pool = a.grad_pooled != nullptr;
+    const RowTiling rows =
+        row_tiling<V>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
+    const int64_t row_slots = rows.groups * rows.chunks;
+    {
+      const Tensor partial = workspace(like, 2 * row_slots * s.channels);
+      device.launch(batch_norm_act_backward_kernel<T, V>, block_count(rows), thread_count(rows),
+                    thread_count(rows) * V * sizeof(float), static_cast<const T*>(a.grad_output),
+                    static_cast<const float*>(a.grad_pooled), static_cast<const T*>(a.conv), a.bn,
+                    a.activation, rows, floats(partial));
+      reduce_partials(device, floats(partial), 2, row_slots, s.channels, 0, 1,
+                      static_cast<float*>(a.grad_bn_bias), static_cast<float*>(a.grad_bn_weight));
+    }
+    if (a.grad_input == nullptr && a.grad_weight == nullptr) return;
+
+    // Pass two: grad_conv, and from it the other gradients.
+    for_window(s, [&](auto kernel, auto step) {
+      constexpr int K = kernel(), S = step();
+      using Sizes = BackwardSizes<T, V, K, S>;
+      BackwardArguments<T> b{};
+      b.shape = s;
+      b.tiling = depthwise_tiling<Sizes>(device, s.batch, s.channels,
+                                         s.in_h + s.pad_top - first_padded(s.pad_top, S),
+                                         s.in_w + s.pad_left - first_padded(s.pad_left, S));
+      b.grad_output = static_cast<const T*>(a.grad_output);
+      b.grad_pooled = static_cast<const float*>(a.grad_pooled);
+      b.conv = static_cast<const T*>(a.conv);
+      b.bn = a.bn;
+      b.activation = a.activation;
+      if (a.batch_stats) {
+        b.grad_bn_weight = static_cast<const float*>(a.grad_bn_weight);
+        b.grad_bn_bias = static_cast<const float*>(a.grad_bn_bias);
+      }
+      b.input = static_cast<const T*>(a.input);
+      b.weight = static_cast<const T*>(a.weight);
+      b.prologue = a.prologue;
+      b.grad_input = static_cast<T*>(a.grad_input);
+      const int64_t slots = slot_count(b.tiling);
+      const int64_t taps = a.grad_weight != nullptr ? K * K : 0;
+      const int64_t vectors = a.grad_prologue_scale != nullptr ? 2 : 0;
+      const Tensor partial = workspace(like, (taps + vectors) * slots * s.channels);
+      if (taps > 0) b.partial_weight = floats(partial);
+      if (vectors > 0) b.partial_prologue = floats(partial) + taps * slots * s.channels;
+      device.launch(depthwise_conv_backward_kernel<T, V, K, S>, block_count(b.tiling),
+                    b.tiling.patches * Sizes::kLanes, Sizes::shared_bytes(b.tiling.patches), b);
+      if (taps > 0) {
+        reduce_partials(device, b.partial_weight, taps, slots, s.channels, 1, K * K,
+                        static_cast<T*>(a.grad_weight));
+      }
+      if (vectors > 0) {
+        reduce_partials(device, b.partial_prologue, vectors, slots, s.channels, 0, 1,
+                        static_cast<float*>(a.grad_prologue_scale),
+                        static_cast<float*>(a.grad_prologue_shift));
+      }
+    });
+  });
+}
+
+}  // namespace effnet::cuda

@@ -1,0 +1,148 @@
+// Tensor-core instructions on 16-bit operands with float32 accumulation, and what brings the
+// operands. The layouts of the fragments are those of PTX; lane t has r = t / 4 and q = t % 4.
+#pragma once
+
+#include "vector.cuh"
+
+namespace effnet::cuda {
+
+// Loads N 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the 16-byte row
+// l % 8 of matrix l / 8; fragment[i] becomes the elements (r, 2q) and (r, 2q + 1) of matrix i, the
+// first in the lower half. Transposed: the elements (2q, r) and (2q + 1, r).
+template <bool kTransposed, int N>
+EFFNET_DEVICE void load_matrices(uint32_t (&fragment)[N], const void* row) {
+  static_assert(N == 1 || N == 2 || N == 4);
+#if defined(EFFNET_CUDA_EMULATOR)
+  if constexpr (N == 4) {
+    kTransposed ? cuda_emulator::ldmatrix_x4_trans(fragment, row)
+                : cuda_emulator::ldmatrix_x4(fragment, row);
+  } else if constexpr (N == 2) {
+    kTransposed ? cuda_emulator::ldmatrix_x2_trans(fragment, row)
+                : cuda_emulator::ldmatrix_x2(fragment, row);
+  } else {
+    kTransposed ? cuda_emulator::ldmatrix_x1_trans(fragment, row)
+                : cuda_emulator::ldmatrix_x1(fragment, row);
+  }
+#else
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (N == 4 && !kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address));
+  } else if constexpr (N == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(address));
+  } else if constexpr (N == 2 && !kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address));
+  } else if constexpr (N == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address));
+  } else if constexpr (!kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(fragment[0])
+                 : "r"(address));
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(fragment[0])
+                 : "r"(address));
+  }
+#endif
+}
+
+// d += a * b, a 16 x 16, b 16 x 8:
+//   a0 = (r, 2q..), a1 = (r + 8, 2q..), a2 = (r, 2q + 8..), a3 = (r + 8, 2q + 8..)
+//   b0 = (2q.., r), b1 = (2q + 8.., r);  d = (r, 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1)
+template <class T>
+EFFNET_DEVICE void multiply_matrices(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                     uint32_t a3, uint32_t b0, uint32_t b1) {
+  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
+#if defined(EFFNET_CUDA_EMULATOR)
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  cuda_emulator::mma_m16n8k16(d, a, b, kBfloat16);
+#else
+  if constexpr (kBfloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// The same with half the depth: a 16 x 8 (a0, a1), b 8 x 8 (b0).
+template <class T>
+EFFNET_DEVICE void multiply_matrices(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
+#if defined(EFFNET_CUDA_EMULATOR)
+  const uint32_t a[2] = {a0, a1}, b[1] = {b0};
+  cuda_emulator::mma_m16n8k8(d, a, b, kBfloat16);
+#else
+  if constexpr (kBfloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  }
+#endif
+}
+
+// a & b, computed anew wherever it stands: an ordinary one would be moved out of loops, and hold a
+// register through all of them.
+EFFNET_DEVICE uint32_t bitwise_and(uint32_t a, uint32_t b) {
+#if defined(EFFNET_CUDA_EMULATOR)
+  return a & b;
+#else
+  uint32_t c;
+  asm volatile("and.b32 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+#endif
+}
+
+// Copies 16 bytes from global to shared memory, or writes zeros there, while the thread goes on:
+// they are there for this thread after wait_for_copies().
+EFFNET_DEVICE void copy_async(void* shared, const void* global, bool exists) {
+#if defined(EFFNET_CUDA_EMULATOR)
+  cuda_emulator::cp_async(shared, global, exists ? 16 : 0);
+#else
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+#endif
+}
+
+EFFNET_DEVICE void wait_for_copies() {
+#if defined(EFFNET_CUDA_EMULATOR)
+  cuda_emulator::cp_async_wait_all();
+#else
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// The lower (upper) halves of two words, the first's in the lower half.
+EFFNET_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
+  return (first & 0xffffu) | (second << 16);
+}
+EFFNET_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return (first >> 16) | (second & 0xffff0000u);
+}
+
+}  // namespace effnet::cuda
