@@ -144,9 +144,8 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s) {
              s.batch / t.group_images * best.channel_blocks * t.bands < wave)) {
           break;
         }
-        t.layout = mma_layout<MmaSizes<K, S>>(t);
+        if (!fill_layout<MmaSizes<K, S>>(t, s, shared_bytes)) break;
         const MmaLayout& l = t.layout;
-        if (l.bytes > shared_bytes) break;
         // In instructions a warp: 40 for two pixels of 8 channels that are staged, 4 a product and
         // 10 for each of its lane's results, 400 for the barriers of a step.
         const double staged = (l.slots + (steps - 1) * t.rows) * MmaSizes<K, S>::kClasses * l.pairs;

@@ -30,7 +30,9 @@
 //              segments read are then one pitch apart, an odd number of 16-byte chunks, and no
 //              bank is hit twice. Groups are 32 bytes further apart than their planes are long, so
 //              that the four groups' words that a warp writes lie on different banks too.
-//     results  [segments][8 columns] of 64 bytes, padded to 80; segments 16 bytes further
+//     results  [segments][8 columns] of 64 bytes, the vector v of a column's channels in place
+//              v ^ column / 2, so that what a warp writes is spread over the banks; segments 64
+//              bytes further
 //     raw      the pixels of the next step, where the threads' asynchronous copies put them
 //     tables   what a segment and what a pair of columns is, so that nothing is divided in loops
 //
@@ -58,23 +60,22 @@ constexpr int kChunkBytes = 16;              // of a row in shared memory: 8 col
 constexpr int kRawBytes = kMmaThreads * 16;  // of one pixel of each thread
 constexpr int kVectorChannels = 8;           // 16 bytes of 16-bit channels
 constexpr int kVectors = kBlockChannels / kVectorChannels;
-constexpr int kResultPixelBytes = kBlockChannels * 2 + 16;
-constexpr int kResultSegmentBytes = kSegmentColumns * kResultPixelBytes + 16;
+constexpr int kResultPixelBytes = kBlockChannels * 2;
+constexpr int kResultSegmentBytes = kSegmentColumns * kResultPixelBytes + 64;
 
 // A block's shared memory: extents, and in bytes pitches and offsets.
 struct MmaLayout {
-  int chunks;                     // of one image in a row
-  int pairs;                      // of columns in a row, all images together
-  int stride_rows, stride_pairs;  // from a pair to the next one that the same thread stages
-  int pitch;                      // from slot to slot
-  int slots;                      // of a class
-  int class_bytes;                // of a plane
-  int plane_bytes;
-  int group_bytes;  // from 8 channels to the next 8
+  int chunks;       // of one image in a row
+  int pairs;        // of columns in a row, all images together
+  int stride;       // rows that the threads stage at a time
+  int pitch;        // from slot to slot
+  int slots;        // of a class
+  int class_bytes;  // of a plane
   int segments;     // of a step
   int tiles;
-  int in_flight;  // pairs of pixels that a thread has on their way
-  int results, raw, segment_table, pair_table, constants, bytes;
+  int row_bytes, pixel_bytes;  // of the input
+  int in_flight;               // pairs of pixels that a thread has on their way
+  int results, raw, segment_table, constants, place, bytes;
 };
 
 // How the work is cut into blocks. Block index: channel block fastest, then band, then segment of
@@ -98,45 +99,50 @@ struct MmaSizes {
   static constexpr int kChunks = S == 1 ? 2 : 3;  // that a segment reads of a row
   static constexpr int kClasses = S;              // rows from one output's first to the next's
   static constexpr int kSlots = (K - 1) / S + 1;  // that a segment reads
+  // Room for a channel's rows: fixed, so that the planes' offsets are part of the instructions.
+  static constexpr int kPlaneBytes = S == 2 && K > 3 ? 2304 : 1536;
+  static constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
   static_assert(7 * S + K <= kChunks * 8, "a segment's inputs do not fit its chunks");
 
-  // Slots that a walk of `rows` a step keeps.
-  static constexpr int slots(int rows) { return rows + kSlots - 1; }
-  // Chunks of one image's row in a band.
-  static constexpr int chunks(int column_blocks) { return S * (column_blocks - 1) + kChunks; }
+  // Where the planes of a warp's channels begin.
+  static EFFNET_INLINE constexpr int warp_planes(int warp) {
+    return warp * kWarpChannels / kVectorChannels * kGroupBytes +
+           warp * kWarpChannels % kVectorChannels * kPlaneBytes;
+  }
 };
 
+// Where a block is in the output. In shared memory, since registers are short.
+struct MmaPlace {
+  int64_t pixel;   // the first
+  int64_t images;  // from its first one to the last of the batch
+  int64_t pooled;  // element of its first image and channel among the partial sums
+  int rows;
+};
+
+// Whether the tiling's step fits its planes and `most` bytes of shared memory; fills its layout.
 template <class Sizes>
-MmaLayout mma_layout(const MmaTiling& tiling) {
-  MmaLayout l;
-  l.chunks = Sizes::chunks(tiling.column_blocks);
+bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int most) {
+  MmaLayout& l = tiling.layout;
+  l.pixel_bytes = shape.channels * 2;
+  l.row_bytes = shape.in_w * l.pixel_bytes;
+  l.chunks = Sizes::kClasses * (tiling.column_blocks - 1) + Sizes::kChunks;
   l.pairs = tiling.group_images * l.chunks * 4;
-  l.stride_rows = kMmaThreads / kVectors / l.pairs;
-  l.stride_pairs = kMmaThreads / kVectors % l.pairs;
+  l.stride = kMmaThreads / kVectors / l.pairs;
   l.pitch = (tiling.group_images * l.chunks | 1) * kChunkBytes;
-  l.slots = Sizes::slots(tiling.rows);
+  l.slots = tiling.rows + Sizes::kSlots - 1;
   l.class_bytes = l.slots * l.pitch;
-  l.plane_bytes = Sizes::kClasses * l.class_bytes;
-  l.group_bytes = kVectorChannels * l.plane_bytes + 32;
+  if (l.stride == 0 || Sizes::kClasses * l.class_bytes > Sizes::kPlaneBytes) return false;
   l.segments = tiling.group_images * tiling.rows * tiling.column_blocks;
   l.tiles = (l.segments + kTileSegments - 1) / kTileSegments;
-  l.results = kVectors * l.group_bytes;
   // All that a step stages, within reason.
-  const int units = tiling.rows * Sizes::kClasses * l.pairs * kVectors;
-  l.in_flight = std::min((units + kMmaThreads - 1) / kMmaThreads, 6);
+  l.in_flight = std::min((l.slots * Sizes::kClasses + l.stride - 1) / l.stride, 3);
+  l.results = kVectors * Sizes::kGroupBytes;
   l.raw = l.results + l.tiles * kTileSegments * kResultSegmentBytes;
   l.segment_table = l.raw + l.in_flight * 2 * kRawBytes;
-  l.pair_table = l.segment_table + l.tiles * kTileSegments * static_cast<int>(sizeof(int4));
-  l.constants = l.pair_table + l.pairs * static_cast<int>(sizeof(int2));
-  l.bytes = l.constants + 4 * kBlockChannels * static_cast<int>(sizeof(float));
-  return l;
-}
-
-// Where the planes of a warp's channels begin.
-EFFNET_DEVICE int channel_plane(const MmaLayout& layout, int warp) {
-  const int channel = warp * kWarpChannels;
-  return channel / kVectorChannels * layout.group_bytes +
-         channel % kVectorChannels * layout.plane_bytes;
+  l.constants = l.segment_table + l.tiles * kTileSegments * static_cast<int>(sizeof(int4));
+  l.place = l.constants + 4 * kBlockChannels * static_cast<int>(sizeof(float));
+  l.bytes = l.place + static_cast<int>(sizeof(MmaPlace));
+  return l.bytes <= most;
 }
 
 // The filters of the block's channels as words of two taps: [channel][row][1 + tap] is taps `tap`
@@ -192,6 +198,7 @@ template <class T, int K, int S>
 EFFNET_DEVICE void multiply_bands(float (&d)[kWarpChannels][4], const Bands<T, K, S>& bands,
                                   const char* planes, int first, int third_chunk,
                                   const MmaLayout& layout) {
+  constexpr int kPlaneBytes = MmaSizes<K, S>::kPlaneBytes;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     int slot = first + i / S;
@@ -200,11 +207,11 @@ EFFNET_DEVICE void multiply_bands(float (&d)[kWarpChannels][4], const Bands<T, K
 #pragma unroll
     for (int e = 0; e < kWarpChannels; ++e) {
       uint32_t x[4];
-      load_matrices<false>(x, row + e * layout.plane_bytes);
+      load_matrices<false>(x, row + e * kPlaneBytes);
       multiply_matrices<T>(d[e], x[0], x[1], x[2], x[3], bands(e, i, 0), bands(e, i, 1));
       if constexpr (S == 2) {
         uint32_t third[2];
-        load_matrices<false>(third, row + e * layout.plane_bytes + third_chunk);
+        load_matrices<false>(third, row + e * kPlaneBytes + third_chunk);
         multiply_matrices<T>(d[e], third[0], third[1], bands(e, i, 2));
       }
     }
@@ -212,29 +219,24 @@ EFFNET_DEVICE void multiply_bands(float (&d)[kWarpChannels][4], const Bands<T, K
 }
 
 // Walks a block through its steps, image group after image group. Each step's rows are staged while
-// the step before is computed; the rows that two steps of an image share are staged once.
-//   source.image(group)            the next rows are those of this group of images
-//   source.load(row, pair, raw)     starts to copy two pixels of 8 channels, rows counted from the
-//                                   walk's first, to raw and to raw + kRawBytes
-//   source.words(raw, row, pair, w) the 8 channels' words
-//   compute(group, step, head)     head: the slot of the step's first row
-//   finish(group, step)            after the barrier behind compute
+// the step before is computed; the rows that two steps of an image share are staged once. A thread
+// stages the same pair of columns and vector of channels of every `stride`-th row.
+//   source.image(group)     the next rows are those of this group of images
+//   source.load(row, raw)   starts to copy the pair's two pixels, rows counted from the walk's
+//                           first, to raw and to raw + kRawBytes
+//   source.words(row, raw, word)  the 8 channels' words
+//   compute(group, step, head)    head: the slot of the step's first row
+//   finish(group, step)           after the barrier behind compute
 template <class Sizes, class Source, class Compute, class Finish>
-EFFNET_DEVICE void walk_steps(char* ring, const MmaLayout& layout, int rows, int steps, int groups,
+EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, int groups,
                               Source& source, const Compute& compute, const Finish& finish) {
+  const MmaLayout& layout = tiling.layout;
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
-  const int first = static_cast<int>(threadIdx.x) / kVectors;
-  const int first_row = first / layout.pairs, first_pair = first % layout.pairs;
-  const auto advance = [&](int& row, int& pair) {
-    row += layout.stride_rows;
-    pair += layout.stride_pairs;
-    if (pair >= layout.pairs) {
-      pair -= layout.pairs;
-      ++row;
-    }
-  };
-  char* planes = ring + vector * layout.group_bytes;
-  char* raw = ring + layout.raw + threadIdx.x * 16;
+  const int unit = static_cast<int>(threadIdx.x) / kVectors;
+  // Threads that are left over when the pairs are dealt out stage nothing.
+  const int first_row = unit < layout.stride * layout.pairs ? unit / layout.pairs : INT32_MAX / 2;
+  char* words = shared + vector * Sizes::kGroupBytes + unit % layout.pairs * 4;
+  char* raw = shared + layout.raw + threadIdx.x * 16;
 
   int group = -1, next_group = 0, step = 0, next_step = 0, head = 0;
   for (;;) {
@@ -244,23 +246,24 @@ EFFNET_DEVICE void walk_steps(char* ring, const MmaLayout& layout, int rows, int
     if (more) {
       staged = layout.slots * Sizes::kClasses;
       if (next_step > 0) {
-        origin = (layout.slots + (next_step - 1) * rows) * Sizes::kClasses;
-        staged = rows * Sizes::kClasses;
+        origin = staged + (next_step - 1) * tiling.rows * Sizes::kClasses;
+        staged = tiling.rows * Sizes::kClasses;
         base = head;
-        next_head = head + rows;
+        next_head = head + tiling.rows;
         if (next_head >= layout.slots) next_head -= layout.slots;
       } else {
         source.image(next_group);
       }
     }
-    int load_row = first_row, load_pair = first_pair;
-    int store_row = first_row, store_pair = first_pair;
+    const int batch = layout.in_flight * layout.stride;
     bool computed = false;
+    int row = first_row;
     do {
+      const int end = min(row + batch, staged);
+      char* slot = raw;
 #pragma unroll 1
-      for (int i = 0; i < layout.in_flight; ++i) {
-        if (load_row < staged) source.load(origin + load_row, load_pair, raw + i * 2 * kRawBytes);
-        advance(load_row, load_pair);
+      for (int r = row; r < end; r += layout.stride, slot += 2 * kRawBytes) {
+        source.load(origin + r, slot);
       }
       if (!computed) {
         computed = true;
@@ -268,23 +271,20 @@ EFFNET_DEVICE void walk_steps(char* ring, const MmaLayout& layout, int rows, int
         __syncthreads();
       }
       wait_for_copies();
+      slot = raw;
 #pragma unroll 1
-      for (int i = 0; i < layout.in_flight; ++i) {
-        if (store_row < staged) {
-          int slot = base + store_row / Sizes::kClasses;
-          if (slot >= layout.slots) slot -= layout.slots;
-          char* word = planes + store_row % Sizes::kClasses * layout.class_bytes +
-                       slot * layout.pitch + store_pair * 4;
-          uint32_t words[kVectorChannels];
-          source.words(raw + i * 2 * kRawBytes, origin + store_row, store_pair, words);
+      for (; row < end; row += layout.stride, slot += 2 * kRawBytes) {
+        int index = base + row / Sizes::kClasses;
+        if (index >= layout.slots) index -= layout.slots;
+        char* word = words + row % Sizes::kClasses * layout.class_bytes + index * layout.pitch;
+        uint32_t values[kVectorChannels];
+        source.words(origin + row, slot, values);
 #pragma unroll
-          for (int c = 0; c < kVectorChannels; ++c) {
-            *reinterpret_cast<uint32_t*>(word + c * layout.plane_bytes) = words[c];
-          }
+        for (int c = 0; c < kVectorChannels; ++c) {
+          *reinterpret_cast<uint32_t*>(word + c * Sizes::kPlaneBytes) = values[c];
         }
-        advance(store_row, store_pair);
       }
-    } while (load_row < staged);
+    } while (row < staged);
     if (group >= 0) finish(group, step);
     if (!more) return;
     __syncthreads();
@@ -298,45 +298,54 @@ EFFNET_DEVICE void walk_steps(char* ring, const MmaLayout& layout, int rows, int
   }
 }
 
-// Reads the convolution's input through the prologue.
+// Reads the convolution's input through the prologue: a pair of columns of a band, one vector of
+// channels.
 template <class T>
 struct MmaInput {
   const ForwardArguments<T, MmaTiling>& a;
   const char* shared;
-  int vector, channel, first_h;
-  int64_t first_image;        // of the block
-  const T* pixels = nullptr;  // of the group's first image, at the vector's channels
-  int images = 0;             // of the group
+  const char* pixels;  // the pair's first pixel in row first_h of the block's first image
+  const char* row_zero = nullptr;  // the same in the group's image
+  int first_h;
+  int image_of_group;  // that the pair belongs to
+  int columns;         // which of the two exist, as bits
+  int exist = 0;       // `columns` where the image exists
+
+  EFFNET_DEVICE MmaInput(const ForwardArguments<T, MmaTiling>& a, const char* shared,
+                         int64_t first_image, int first_channel, int first_h, int first_w)
+      : a(a), shared(shared), first_h(first_h) {
+    const MmaLayout& layout = a.tiling.layout;
+    const int pair = static_cast<int>(threadIdx.x) / kVectors % layout.pairs;
+    const int channel = first_channel + static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
+    const int w = first_w + pair % (4 * layout.chunks) * 2;
+    image_of_group = pair / (4 * layout.chunks);
+    const bool channels = channel < a.shape.channels;
+    columns = int{channels && w >= 0 && w < a.shape.in_w} |
+              int{channels && w + 1 >= 0 && w + 1 < a.shape.in_w} << 1;
+    const int64_t row = (first_image + image_of_group) * a.shape.in_h + first_h;
+    pixels = reinterpret_cast<const char*>(a.input + (row * a.shape.in_w + w) * a.shape.channels +
+                                           channel);
+  }
 
   EFFNET_DEVICE void image(int group) {
-    const int64_t n = first_image + group * a.tiling.group_images;
-    pixels = a.input + n * a.shape.in_h * a.shape.in_w * a.shape.channels + channel;
-    images = static_cast<int>(min(a.shape.batch - n, static_cast<int64_t>(a.tiling.group_images)));
+    const MmaPlace* place = reinterpret_cast<const MmaPlace*>(shared + a.tiling.layout.place);
+    const int n = group * a.tiling.group_images;
+    exist = n + image_of_group < place->images ? columns : 0;
+    row_zero = pixels + static_cast<int64_t>(n * a.shape.in_h) * a.tiling.layout.row_bytes;
   }
 
-  EFFNET_DEVICE int2 pair(int index) const {
-    return reinterpret_cast<const int2*>(shared + a.tiling.layout.pair_table)[index];
+  EFFNET_DEVICE int inside(int row) const {
+    return static_cast<unsigned>(first_h + row) < static_cast<unsigned>(a.shape.in_h) ? exist : 0;
   }
 
-  // Which of a pair's two pixels exist, as bits.
-  EFFNET_DEVICE int inside(int row, int2 pair) const {
-    const bool any = channel < a.shape.channels && pair.y >> 2 < images &&
-                     static_cast<unsigned>(first_h + row) < static_cast<unsigned>(a.shape.in_h);
-    return any ? pair.y & 3 : 0;
+  EFFNET_DEVICE void load(int row, char* raw) const {
+    const int in = inside(row);
+    const char* p = row_zero + static_cast<int64_t>(row) * a.tiling.layout.row_bytes;
+    copy_async(raw, p, in << 4 & 16);
+    copy_async(raw + kRawBytes, p + a.tiling.layout.pixel_bytes, in << 3 & 16);
   }
 
-  EFFNET_DEVICE void load(int row, int index, char* raw) const {
-    const int2 columns = pair(index);
-    const int in = inside(row, columns);
-    const int64_t pixel = static_cast<int64_t>(first_h + row) * a.shape.in_w + columns.x;
-    const T* p = pixels + pixel * a.shape.channels;
-    // What does not exist has no address, even to copy nothing from.
-    copy_async(raw, in & 1 ? p : a.input, in & 1);
-    copy_async(raw + kRawBytes, in & 2 ? p + a.shape.channels : a.input, in & 2);
-  }
-
-  EFFNET_DEVICE void words(const char* raw, int row, int index,
-                           uint32_t (&word)[kVectorChannels]) const {
+  EFFNET_DEVICE void words(int row, const char* raw, uint32_t (&word)[kVectorChannels]) const {
     using Pixel = Vector<T, kVectorChannels>;
     const Pixel first_pixel = *reinterpret_cast<const Pixel*>(raw);
     const Pixel second_pixel = *reinterpret_cast<const Pixel*>(raw + kRawBytes);
@@ -348,52 +357,49 @@ struct MmaInput {
       }
       return;
     }
-    const int in = inside(row, pair(index));
-    const float* scale = reinterpret_cast<const float*>(shared + a.tiling.layout.constants) +
-                         vector * kVectorChannels;
+    const int in = inside(row);
+    const float* constants = reinterpret_cast<const float*>(shared + a.tiling.layout.constants) +
+                             static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
 #pragma unroll
     for (int part = 0; part < kVectorChannels / 4; ++part) {
-      const Floats<4> scale4 = load_shared<4>(scale + 4 * part);
-      const Floats<4> shift4 = load_shared<4>(scale + kBlockChannels + 4 * part);
-      const auto value = [&](const Pixel& pixel, bool exists) {
-        const Floats<4> x = activate<Math<T, 4>>(
-            a.prologue.activation,
-            multiply_add(unpack<T, 4>(slice<T, 4>(pixel, part)), scale4, shift4));
-        return exists ? x : broadcast<4>(0.f);
-      };
-      const Floats<4> first = value(first_pixel, in & 1), second = value(second_pixel, in & 2);
+      const Floats<4> scale = load_shared<4>(constants + 4 * part);
+      const Floats<4> shift = load_shared<4>(constants + kBlockChannels + 4 * part);
+      // Both pixels, channel by channel.
+      Floats<8> x;
+      const Floats<4> x0 = unpack<T, 4>(slice<T, 4>(first_pixel, part));
+      const Floats<4> x1 = unpack<T, 4>(slice<T, 4>(second_pixel, part));
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        word[4 * part + c] = pack<T, 2>(Floats<2>{{first[c], second[c]}}).word[0];
+        x[2 * c] = fmaf(x0[c], scale[c], shift[c]);
+        x[2 * c + 1] = fmaf(x1[c], scale[c], shift[c]);
+      }
+      x = activate<Math<T, 8>>(a.prologue.activation, x);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        x[2 * c] = in & 1 ? x[2 * c] : 0.f;
+        x[2 * c + 1] = in & 2 ? x[2 * c + 1] : 0.f;
+        word[4 * part + c] = pack<T, 2>(slice<2>(x, c)).word[0];
       }
     }
   }
 };
 
-// What each segment of a step and each pair of columns is.
-//   segment: {output pixel from the group's first image and the step's first row on, columns that
-//             exist, row, image << 16 | first chunk}
-//   pair:    {input pixel from the group's first image's row on, validity of both | image << 2}
-template <class Sizes, int S>
-EFFNET_DEVICE void fill_tables(const MmaTiling& tiling, const MmaLayout& layout, int4* segments,
-                               int2* pairs, int out_h, int out_w, int first_ow, int in_h, int in_w,
-                               int first_w) {
+// What each segment of a step is: {offset in bytes from the output's pixel of the group's first
+// image and the step's first row, columns that exist, row, image << 16 | offset of its first chunk
+// in a row}. Those that only fill a tile read what the last one reads.
+template <int S>
+EFFNET_DEVICE void fill_segments(int4* segments, const MmaTiling& tiling, int out_h, int out_w,
+                                 int first_ow, int pixel_bytes) {
+  const MmaLayout& layout = tiling.layout;
   for (int i = threadIdx.x; i < layout.tiles * kTileSegments; i += blockDim.x) {
-    // Those that only fill a tile read what the last one reads.
     const int s = min(i, layout.segments - 1);
     const int b = s % tiling.column_blocks;
-    const int a = s / tiling.column_blocks % tiling.rows;
+    const int row = s / tiling.column_blocks % tiling.rows;
     const int g = s / tiling.column_blocks / tiling.rows;
     const int column = kSegmentColumns * b;
     const int columns = i < layout.segments ? min(out_w - first_ow - column, kSegmentColumns) : 0;
-    segments[i] = int4{(g * out_h + a) * out_w + column, max(columns, 0), a,
-                       g << 16 | (g * layout.chunks + S * b)};
-  }
-  for (int i = threadIdx.x; i < layout.pairs; i += blockDim.x) {
-    const int g = i / (4 * layout.chunks);
-    const int w = first_w + i % (4 * layout.chunks) * 2;
-    const auto inside = [&](int column) { return column >= 0 && column < in_w; };
-    pairs[i] = int2{g * in_h * in_w + w, int{inside(w)} | int{inside(w + 1)} << 1 | g << 2};
+    segments[i] = int4{((g * out_h + row) * out_w + column) * pixel_bytes, max(columns, 0), row,
+                       g << 16 | (g * layout.chunks + S * b) * kChunkBytes};
   }
 }
 
@@ -419,23 +425,29 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
   char* shared = reinterpret_cast<char*>(dynamic_shared_memory);
   char* results = shared + layout.results;
   int4* segment_table = reinterpret_cast<int4*>(shared + layout.segment_table);
-  int2* pair_table = reinterpret_cast<int2*>(shared + layout.pair_table);
   // Of the block's channels: scale and shift of the prologue, then those of BN.
   float* constants = reinterpret_cast<float*>(shared + layout.constants);
 
   const int first_oh = block.segment * tiling.segment_rows;
-  const int last_oh = min(first_oh + tiling.segment_rows, shape.out_h);
   const int first_ow = block.band * tiling.column_blocks * kSegmentColumns;
-  const int step_rows = tiling.rows;
-  const int steps = (last_oh - first_oh + step_rows - 1) / step_rows;
   const int64_t group_count = (shape.batch + tiling.group_images - 1) / tiling.group_images;
   const int64_t first_group = block.chunk * tiling.images;
+  const int64_t first_n = first_group * tiling.group_images;
   const int groups =
       static_cast<int>(min(static_cast<int64_t>(tiling.images), group_count - first_group));
-  const int64_t first_n = first_group * tiling.group_images;
+  const int block_rows = min(tiling.segment_rows, shape.out_h - first_oh);
+  const int steps = (block_rows + tiling.rows - 1) / tiling.rows;
 
-  fill_tables<Sizes, S>(tiling, layout, segment_table, pair_table, shape.out_h, shape.out_w,
-                        first_ow, shape.in_h, shape.in_w, first_ow * S - shape.pad_left);
+  const MmaPlace* place = reinterpret_cast<const MmaPlace*>(shared + layout.place);
+  if (threadIdx.x == 0) {
+    const int64_t parts = static_cast<int64_t>(tiling.segments) * tiling.bands;
+    const int64_t part = block.segment * tiling.bands + block.band;
+    *reinterpret_cast<MmaPlace*>(shared + layout.place) = {
+        (first_n * shape.out_h + first_oh) * shape.out_w + first_ow, shape.batch - first_n,
+        (first_n * parts + part) * shape.channels + block.channel, block_rows};
+  }
+  fill_segments<S>(segment_table, tiling, shape.out_h, shape.out_w, first_ow,
+                   shape.channels * static_cast<int>(sizeof(T)));
   const bool has_prologue = a.prologue.scale != nullptr;
   if (threadIdx.x < kBlockChannels) {
     const int c = block.channel + static_cast<int>(threadIdx.x);
@@ -456,53 +468,50 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
   const Bands<T, K, S> bands(filters, warp, lane);
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int vector_channel = block.channel + vector * kVectorChannels;
-  const int first_h = first_oh * S - shape.pad_top;
-  MmaInput<T> source{a, shared, vector, vector_channel, first_h, first_n};
+  MmaInput<T> source(a, shared, first_n, block.channel, first_oh * S - shape.pad_top,
+                     first_ow * S - shape.pad_left);
 
-  const char* warp_planes = shared + channel_plane(layout, warp);
-  char* warp_results = results + lane / 4 * kResultSegmentBytes +
-                       2 * (lane % 4) * kResultPixelBytes + warp * kWarpChannels * 2;
+  const char* warp_planes = shared + Sizes::warp_planes(warp);
+  // This lane's columns 2q and 2q + 1 of segment r, its warp's four channels.
+  char* lane_results = results + lane / 4 * kResultSegmentBytes +
+                       2 * (lane % 4) * kResultPixelBytes + (warp / 2 ^ lane % 4) * 16 +
+                       warp % 2 * 8;
   // The matrices that load_matrices takes: segments 0 - 7, 8 - 15 of chunk 0, the same of chunk 1.
   const int lane_chunk = (lane >> 4) * kChunkBytes;
   const int third_chunk = 2 * kChunkBytes - lane_chunk;
 
-  ShiftedSums totals[kWarpChannels];
-  float pooled[2][kWarpChannels] = {};  // of segments r and r + 8
+  // Deviations from one of the lane's values, in float32: they are of 16-bit values, summed four at
+  // a time, and a block sees too few of them for the rounding to show.
+  float origin[kWarpChannels] = {}, sums[kWarpChannels] = {}, squares[kWarpChannels] = {};
+  float pooled[kWarpChannels] = {};
   int counted = 0;
   const bool reduces = kTraining ? a.moments != nullptr : a.pooled != nullptr;
   // Half a tile may be an image of its own.
   const bool half_tiles = tiling.rows * tiling.column_blocks == kTileSegments / 2;
 
-  // Adds the pooled sums over the lanes and writes them for the images of tile `t`.
-  const auto flush_pooled = [&](int group, int t) {
+  // Adds sums of an image over the lanes and writes them; `segment` is one of the image's.
+  const auto write_pooled = [&](int group, int segment, float (&sums)[kWarpChannels]) {
+    const int64_t image =
+        static_cast<int64_t>(group) * tiling.group_images + (segment_table[segment].w >> 16);
+    const bool writes = lane == 0 && segment < layout.segments && image < place->images;
+    float* out = a.pooled + place->pooled + warp * kWarpChannels +
+                 image * tiling.segments * tiling.bands * shape.channels;
 #pragma unroll
     for (int e = 0; e < kWarpChannels; ++e) {
-      if (!half_tiles) pooled[0][e] += pooled[1][e];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = pooled[half][e];
-        pooled[half][e] = 0.f;
-        if (half == 1 && !half_tiles) break;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        }
-        const int s = t * kTileSegments + half * kTileSegments / 2;
-        const int64_t n = first_n + group * tiling.group_images + (segment_table[s].w >> 16);
-        if (lane == 0 && s < layout.segments && n < shape.batch) {
-          const int64_t parts = tiling.segments * tiling.bands;
-          const int64_t part = block.segment * tiling.bands + block.band;
-          a.pooled[(n * parts + part) * shape.channels + channel + e] = sum;
-        }
+      for (int distance = 1; distance < 32; distance *= 2) {
+        sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], distance);
       }
+      if (writes) out[e] = sums[e];
+      sums[e] = 0.f;
     }
   };
 
   const auto compute = [&](int group, int step, int head) {
     if (!active) return;
-    const int rows_left = last_oh - first_oh - step * step_rows;
-    const int images = static_cast<int>(min(shape.batch - first_n - group * tiling.group_images,
-                                            static_cast<int64_t>(tiling.group_images)));
+    const int rows_left = place->rows - step * tiling.rows;
+    const int images = static_cast<int>(
+        min(place->images - group * tiling.group_images, int64_t{tiling.group_images}));
 #pragma unroll 1
     for (int t = 0; t < layout.tiles; ++t) {
       // y[(e * 4 + v)]: channel e; v as multiply_bands leaves them.
@@ -510,7 +519,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
       {
         float d[kWarpChannels][4] = {};
         const int4 segment = segment_table[t * kTileSegments + lane % 16];
-        const char* planes = warp_planes + (segment.w & 0xffff) * kChunkBytes + lane_chunk;
+        const char* planes = warp_planes + (segment.w & 0xffff) + lane_chunk;
         int first = head + segment.z;
         if (first >= layout.slots) first -= layout.slots;
         multiply_bands<T, K, S>(d, bands, planes, first, third_chunk, layout);
@@ -535,7 +544,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
       for (int v = 0; v < 4; ++v) {
         const Vector<T, kWarpChannels> four =
             pack<T, kWarpChannels>(Floats<4>{{y[v], y[4 + v], y[8 + v], y[12 + v]}});
-        char* pixel = warp_results + (t * kTileSegments + v / 2 * 8) * kResultSegmentBytes +
+        char* pixel = lane_results + (t * kTileSegments + v / 2 * 8) * kResultSegmentBytes +
                       v % 2 * kResultPixelBytes;
         *reinterpret_cast<Vector<T, kWarpChannels>*>(pixel) = four;
         if constexpr (kTraining) {
@@ -561,37 +570,49 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
           for (int e = 0; e < kWarpChannels; ++e) {
 #pragma unroll
             for (int v = 0; v < 4; ++v) {
-              if (exists[v]) totals[e].origin = y[e * 4 + v];
+              if (exists[v]) origin[e] = y[e * 4 + v];
             }
           }
         }
 #pragma unroll
         for (int e = 0; e < kWarpChannels; ++e) {
-          float sum = 0.f, squares = 0.f;
+          float sum = 0.f, square = 0.f;
 #pragma unroll
           for (int v = 0; v < 4; ++v) {
-            const float delta = exists[v] ? y[e * 4 + v] - totals[e].origin : 0.f;
+            const float delta = exists[v] ? y[e * 4 + v] - origin[e] : 0.f;
             sum += delta;
-            squares = fmaf(delta, delta, squares);
+            square = fmaf(delta, delta, square);
           }
-          totals[e].sum += sum;
-          totals[e].squares += squares;
+          sums[e] += sum;
+          squares[e] += square;
         }
         counted += exists[0] + exists[1] + exists[2] + exists[3];
       } else {
+        float halves[2][kWarpChannels] = {};  // of segments r and r + 8
 #pragma unroll
         for (int e = 0; e < kWarpChannels; ++e) {
 #pragma unroll
           for (int v = 0; v < 4; ++v) {
-            if (exists[v]) pooled[v / 2][e] += y[e * 4 + v];
+            if (exists[v]) halves[v / 2][e] += y[e * 4 + v];
           }
+          if (!half_tiles) pooled[e] += halves[0][e] + halves[1][e];
+        }
+        const int segment = t * kTileSegments;
+        if (half_tiles && steps == 1) {
+          write_pooled(group, segment, halves[0]);
+          write_pooled(group, segment + kTileSegments / 2, halves[1]);
+          continue;
+        }
+        if (half_tiles) {
+#pragma unroll
+          for (int e = 0; e < kWarpChannels; ++e) pooled[e] += halves[0][e] + halves[1][e];
         }
         // Where the next tile is of another image, or the image ends.
         const bool last = t + 1 == layout.tiles;
-        const int image = segment_table[t * kTileSegments].w >> 16;
         if (last ? step + 1 == steps
-                 : half_tiles || segment_table[(t + 1) * kTileSegments].w >> 16 != image) {
-          flush_pooled(group, t);
+                 : segment_table[segment + kTileSegments].w >> 16 !=
+                       segment_table[segment].w >> 16) {
+          write_pooled(group, segment, pooled);
         }
       }
     }
@@ -599,31 +620,27 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
 
   const auto finish = [&](int group, int step) {
     if (vector_channel >= shape.channels) return;
-    const int64_t n = first_n + group * tiling.group_images;
-    const int rows_left = last_oh - first_oh - step * step_rows;
-    const int images =
-        static_cast<int>(min(shape.batch - n, static_cast<int64_t>(tiling.group_images)));
-    T* output = a.output +
-                ((n * shape.out_h + first_oh + step * step_rows) * shape.out_w + first_ow) *
-                    static_cast<int64_t>(shape.channels) +
-                vector_channel;
-    // This thread's column is the same in every segment.
-    const int pixel = static_cast<int>(threadIdx.x) / kVectors;
-    const int column = pixel % kSegmentColumns;
-    const char* result = results + column * kResultPixelBytes + vector * kVectorChannels * 2;
-    constexpr int kStride = kMmaThreads / kVectors / kSegmentColumns;
-#pragma unroll 4
-    for (int s = pixel / kSegmentColumns; s < layout.segments; s += kStride) {
+    const int rows_left = place->rows - step * tiling.rows;
+    const int images = static_cast<int>(
+        min(place->images - group * tiling.group_images, int64_t{tiling.group_images}));
+    const int64_t row =
+        static_cast<int64_t>(group) * tiling.group_images * shape.out_h + step * tiling.rows;
+    const int64_t pixel = place->pixel + row * shape.out_w + lane / kVectors;
+    char* output = reinterpret_cast<char*>(a.output + pixel * shape.channels + vector_channel);
+    // A warp takes a segment at a time, 8 columns by 4 vectors of channels.
+    const int column = lane / kVectors;
+    const char* result = results + column * kResultPixelBytes + (vector ^ column / 2) * 16;
+#pragma unroll 2
+    for (int s = warp; s < layout.segments; s += kMmaWarps) {
       const int4 segment = segment_table[s];
       if (column < segment.y && segment.z < rows_left && segment.w >> 16 < images) {
-        const int64_t offset = segment.x + column;
-        *reinterpret_cast<Vector<T, kVectorChannels>*>(output + offset * shape.channels) =
+        *reinterpret_cast<Vector<T, kVectorChannels>*>(output + segment.x) =
             *reinterpret_cast<const Vector<T, kVectorChannels>*>(result + s * kResultSegmentBytes);
       }
     }
   };
 
-  walk_steps<Sizes>(shared, layout, tiling.rows, steps, groups, source, compute, finish);
+  walk_steps<Sizes>(shared, tiling, steps, groups, source, compute, finish);
 
   if constexpr (kTraining) {
     if (a.moments == nullptr || !active) return;
@@ -631,7 +648,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
     double* out = a.moments + block.slot(tiling) * shape.channels + channel;
 #pragma unroll
     for (int e = 0; e < kWarpChannels; ++e) {
-      Moments all = totals[e].moments(counted);
+      Moments all = ShiftedSums{origin[e], sums[e], squares[e]}.moments(counted);
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         all.merge({__shfl_xor_sync(0xffffffffu, all.count, distance),

@@ -116,15 +116,16 @@ EFFNET_DEVICE uint32_t bitwise_and(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Copies 16 bytes from global to shared memory, or writes zeros there, while the thread goes on:
-// they are there for this thread after wait_for_copies().
-EFFNET_DEVICE void copy_async(void* shared, const void* global, bool exists) {
+// Copies 16 bytes from global to shared memory (bytes == 16), or writes zeros there and does not
+// touch `global` (bytes == 0), while the thread goes on: they are there for this thread after
+// wait_for_copies().
+EFFNET_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 #if defined(EFFNET_CUDA_EMULATOR)
-  cuda_emulator::cp_async(shared, global, exists ? 16 : 0);
+  cuda_emulator::cp_async(shared, global, bytes);
 #else
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(exists ? 16 : 0)
+               "r"(bytes)
                : "memory");
 #endif
 }
@@ -139,10 +140,18 @@ EFFNET_DEVICE void wait_for_copies() {
 
 // The lower (upper) halves of two words, the first's in the lower half.
 EFFNET_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
+#if defined(EFFNET_CUDA_EMULATOR)
   return (first & 0xffffu) | (second << 16);
+#else
+  return __byte_perm(first, second, 0x5410);
+#endif
 }
 EFFNET_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
+#if defined(EFFNET_CUDA_EMULATOR)
   return (first >> 16) | (second & 0xffff0000u);
+#else
+  return __byte_perm(first, second, 0x7632);
+#endif
 }
 
 }  // namespace effnet::cuda

@@ -211,6 +211,17 @@ EFFNET_DEVICE float approximate_reciprocal(float x) {
 #endif
 }
 
+// tanh(x) by the special function unit, to 2^-11 of its value.
+EFFNET_DEVICE float approximate_tanh(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return tanhf(x);
+#endif
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 // The arithmetic of epilogue.h on N values that are stored as T: one switch over the activation
@@ -246,6 +257,12 @@ struct Math {
     Value y;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        // One operation of the special function unit instead of two; its error is an eighth of the
+        // rounding of a bfloat16 in (1/2, 1).
+        y[i] = fmaf(approximate_tanh(0.5f * x[i]), 0.5f, 0.5f);
+        continue;
+      }
       float e;
       if constexpr (std::is_same_v<T, float>) {
         // The rounding error of x * log2(e) grows with |x|: carry it through as a factor
