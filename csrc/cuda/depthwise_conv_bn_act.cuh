@@ -638,10 +638,10 @@ struct GradConvSource {
   }
 };
 
-template <class T>
+template <class T, class Tiling = DepthwiseTiling>
 struct BackwardArguments {
   DepthwiseShape shape;
-  DepthwiseTiling tiling;
+  Tiling tiling;
   const T* __restrict__ grad_output;
   const float* __restrict__ grad_pooled;  // or null
   const T* __restrict__ conv;

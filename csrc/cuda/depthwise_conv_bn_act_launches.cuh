@@ -15,6 +15,7 @@
 #include "depthwise_conv_bn_act.cuh"
 #include "depthwise_conv_bn_act.h"
 #include "depthwise_conv_mma.cuh"
+#include "depthwise_conv_mma_backward.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
 
@@ -114,26 +115,31 @@ int64_t slot_count(const Tiling& t) {
   return t.chunks * t.segments * t.bands;
 }
 
-// The tensor cores' kernel cuts the output into bands of up to 56 columns (28 with stride 2, whose
-// bands read twice as many), and chooses a step's rows and images so that as little as possible is
-// staged twice, computed in vain or waited for.
-template <int K, int S>
-MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s) {
-  constexpr int kBlocks = kMmaBlocks<K>;
-  const int shared_bytes = device.shared_bytes(kBlocks);
-  const int wave = device.multiprocessors() * kBlocks;
-  const int column_blocks = static_cast<int>(ceil_div(s.out_w, kSegmentColumns));
+// How a tensor-core kernel may be cut: into bands of `columns` blocks of 8 columns at most and
+// steps of a multiple of `rows` rows, `blocks` on a multiprocessor.
+struct MmaLimits {
+  int columns, rows, blocks;
+};
+
+// Cuts an output of `height` x `width` so that as little as possible is staged twice, computed in
+// vain or waited for. fits(tiling) fills its layout and says whether there is room.
+template <class Sizes, class Fits>
+MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, int width,
+                     const MmaLimits& limits, const Fits& fits) {
+  const int wave = device.multiprocessors() * limits.blocks;
+  const int column_blocks = static_cast<int>(ceil_div(width, kSegmentColumns));
+  const int most_rows = std::min(16, static_cast<int>(ceil_div(height, limits.rows)) * limits.rows);
 
   MmaTiling best{};
   best.channel_blocks = static_cast<int>(ceil_div(s.channels, kBlockChannels));
   double least = 0.;
-  for (int bands = static_cast<int>(ceil_div(column_blocks, S == 1 ? 7 : 4));
+  for (int bands = static_cast<int>(ceil_div(column_blocks, limits.columns));
        best.rows == 0 && bands <= column_blocks; ++bands) {
     MmaTiling t = best;
     t.column_blocks = static_cast<int>(ceil_div(column_blocks, bands));
     t.bands = static_cast<int>(ceil_div(column_blocks, t.column_blocks));
-    for (t.rows = 1; t.rows <= std::min(s.out_h + 1, 16); ++t.rows) {
-      const int steps = static_cast<int>(ceil_div(s.out_h, t.rows));
+    for (t.rows = limits.rows; t.rows <= most_rows; t.rows += limits.rows) {
+      const int steps = static_cast<int>(ceil_div(height, t.rows));
       for (t.group_images = 1; t.group_images <= 8; t.group_images *= 2) {
         const int image_segments = t.rows * t.column_blocks;
         const bool whole_tiles =
@@ -144,16 +150,16 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s) {
              s.batch / t.group_images * best.channel_blocks * t.bands < wave)) {
           break;
         }
-        if (!fill_layout<MmaSizes<K, S>>(t, s, shared_bytes)) break;
+        if (!fits(t)) break;
+        // In instructions: 45 a warp for two pixels of 8 channels of each lane that are staged, 3 a
+        // product and 40 for what becomes of a tile's results, 150 a warp for a step's barriers.
         const MmaLayout& l = t.layout;
-        // In instructions a warp: 40 for two pixels of 8 channels that are staged, 4 a product and
-        // 10 for each of its lane's results, 400 for the barriers of a step.
-        const double staged = (l.slots + (steps - 1) * t.rows) * MmaSizes<K, S>::kClasses * l.pairs;
-        const double tiles = l.tiles * steps;
-        const double cost =
-            (staged * kVectors * 40. / 32 + tiles * kMmaWarps * kWarpChannels * (4. * K * S + 40.) +
-             steps * kMmaWarps * 400.) *
-            t.bands / t.group_images;
+        const double staged =
+            ceil_div((l.slots + (steps - 1) * t.rows) * Sizes::kClasses, l.stride);
+        const double cost = (staged * Sizes::kWarps * 45. +
+                             l.tiles * steps * kBlockChannels * (3. * Sizes::kProducts + 40.) +
+                             steps * Sizes::kWarps * 150.) *
+                            t.bands / t.group_images;
         if (best.rows == 0 || cost < least) {
           least = cost;
           best = t;
@@ -165,11 +171,11 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s) {
 
   const int64_t groups = ceil_div(s.batch, best.group_images);
   const int64_t per_group = int64_t{best.channel_blocks} * best.bands;
-  const int most = static_cast<int>(ceil_div(s.out_h, best.rows));
+  const int most = static_cast<int>(ceil_div(height, best.rows));
   const int64_t wanted = std::min<int64_t>(most, ceil_div(wave, groups * per_group));
   const int segment_steps = static_cast<int>(ceil_div(most, wanted));
   best.segment_rows = segment_steps * best.rows;
-  best.segments = static_cast<int>(ceil_div(s.out_h, best.segment_rows));
+  best.segments = static_cast<int>(ceil_div(height, best.segment_rows));
   // Images a block: the last wave is to be nearly full, and what a block does once to be little.
   double shortest = 0.;
   for (int waves = 1; waves <= 4; ++waves) {
@@ -194,7 +200,11 @@ struct Forward {
 
   static Tiling tiling(const Device& device, const DepthwiseShape& s) {
     if constexpr (kMma) {
-      return mma_tiling<K, S>(device, s);
+      using Sizes = MmaSizes<K, S>;
+      const int bytes = device.shared_bytes(kMmaBlocks<K>);
+      return mma_tiling<Sizes>(
+          device, s, s.out_h, s.out_w, {S == 1 ? 7 : 4, 1, kMmaBlocks<K>},
+          [&](MmaTiling& t) { return fill_layout<Sizes>(t, s, 1, 4, 0, bytes); });
     } else {
       return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,
                                                         s.out_w);
@@ -206,14 +216,50 @@ struct Forward {
     if constexpr (kMma) {
       const size_t bytes = f.tiling.layout.bytes;
       if (f.training) {
-        device.launch(depthwise_conv_mma_kernel<T, K, S, true>, blocks, kMmaThreads, bytes, f);
+        device.launch(depthwise_conv_mma_kernel<T, K, S, true>, blocks, MmaSizes<K, S>::kThreads,
+                      bytes, f);
       } else {
-        device.launch(depthwise_conv_mma_kernel<T, K, S, false>, blocks, kMmaThreads, bytes, f);
+        device.launch(depthwise_conv_mma_kernel<T, K, S, false>, blocks, MmaSizes<K, S>::kThreads,
+                      bytes, f);
       }
     } else {
       using Sizes = ForwardSizes<T, V, K, S>;
       device.launch(depthwise_conv_kernel<T, V, K, S>, blocks, f.tiling.patches * Sizes::kLanes,
                     Sizes::shared_bytes(f.tiling.patches), f);
+    }
+  }
+};
+
+// The backward kernel: that of the tensor cores where its sums fit the registers, for the kernel
+// sizes and the stride that most of an EfficientNet's blocks have.
+template <class T, int V, int K, int S>
+struct Backward {
+  static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels && S == 1 && K <= 5;
+  using Tiling = std::conditional_t<kMma, MmaTiling, DepthwiseTiling>;
+
+  static Tiling tiling(const Device& device, const DepthwiseShape& s) {
+    if constexpr (kMma) {
+      using Sizes = MmaBackwardSizes<K>;
+      const int bytes = device.shared_bytes(1);
+      return mma_tiling<Sizes>(device, s, s.in_h, s.in_w, {7, kTileRows, 1}, [&](MmaTiling& t) {
+        return fill_tile<Sizes>(t, K) && fill_layout<Sizes>(t, s, 2, 7, t.tile.bytes, bytes);
+      });
+    } else {
+      return depthwise_tiling<BackwardSizes<T, V, K, S>>(
+          device, s.batch, s.channels, s.in_h + s.pad_top - first_padded(s.pad_top, S),
+          s.in_w + s.pad_left - first_padded(s.pad_left, S));
+    }
+  }
+
+  static void launch(const Device& device, const BackwardArguments<T, Tiling>& b) {
+    const int64_t blocks = block_count(b.tiling);
+    if constexpr (kMma) {
+      device.launch(depthwise_conv_mma_backward_kernel<T, K>, blocks, MmaBackwardSizes<K>::kThreads,
+                    b.tiling.layout.bytes, b);
+    } else {
+      using Sizes = BackwardSizes<T, V, K, S>;
+      device.launch(depthwise_conv_backward_kernel<T, V, K, S>, blocks,
+                    b.tiling.patches * Sizes::kLanes, Sizes::shared_bytes(b.tiling.patches), b);
     }
   }
 };
@@ -366,12 +412,10 @@ void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& li
     // Pass two: grad_conv, and from it the other gradients.
     for_window(s, [&](auto kernel, auto step) {
       constexpr int K = kernel(), S = step();
-      using Sizes = BackwardSizes<T, V, K, S>;
-      BackwardArguments<T> b{};
+      using Kernel = Backward<T, V, K, S>;
+      BackwardArguments<T, typename Kernel::Tiling> b{};
       b.shape = s;
-      b.tiling = depthwise_tiling<Sizes>(device, s.batch, s.channels,
-                                         s.in_h + s.pad_top - first_padded(s.pad_top, S),
-                                         s.in_w + s.pad_left - first_padded(s.pad_left, S));
+      b.tiling = Kernel::tiling(device, s);
       b.grad_output = static_cast<const T*>(a.grad_output);
       b.grad_pooled = static_cast<const float*>(a.grad_pooled);
       b.conv = static_cast<const T*>(a.conv);
@@ -391,8 +435,7 @@ void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& li
       const Tensor partial = workspace(like, (taps + vectors) * slots * s.channels);
       if (taps > 0) b.partial_weight = floats(partial);
       if (vectors > 0) b.partial_prologue = floats(partial) + taps * slots * s.channels;
-      device.launch(depthwise_conv_backward_kernel<T, V, K, S>, block_count(b.tiling),
-                    b.tiling.patches * Sizes::kLanes, Sizes::shared_bytes(b.tiling.patches), b);
+      Kernel::launch(device, b);
       if (taps > 0) {
         reduce_partials(device, b.partial_weight, taps, slots, s.channels, 1, K * K,
                         static_cast<T*>(a.grad_weight));

@@ -48,17 +48,13 @@
 
 namespace effnet::cuda {
 
-constexpr int kMmaWarps = 8;
-constexpr int kMmaThreads = 32 * kMmaWarps;
-// On a multiprocessor: what the registers of the band matrices allow.
+// Blocks of the forward kernel on a multiprocessor: what the registers of the band matrices allow.
 template <int K>
 constexpr int kMmaBlocks = K == 7 ? 1 : 2;
-constexpr int kWarpChannels = kBlockChannels / kMmaWarps;
 constexpr int kSegmentColumns = 8;
 constexpr int kTileSegments = 16;
-constexpr int kChunkBytes = 16;              // of a row in shared memory: 8 columns
-constexpr int kRawBytes = kMmaThreads * 16;  // of one pixel of each thread
-constexpr int kVectorChannels = 8;           // 16 bytes of 16-bit channels
+constexpr int kChunkBytes = 16;     // of a row in shared memory: 8 columns
+constexpr int kVectorChannels = 8;  // 16 bytes of 16-bit channels
 constexpr int kVectors = kBlockChannels / kVectorChannels;
 constexpr int kResultPixelBytes = kBlockChannels * 2;
 constexpr int kResultSegmentBytes = kSegmentColumns * kResultPixelBytes + 64;
@@ -73,15 +69,25 @@ struct MmaLayout {
   int class_bytes;  // of a plane
   int segments;     // of a step
   int tiles;
-  int row_bytes, pixel_bytes;  // of the input
-  int in_flight;               // pairs of pixels that a thread has on their way
-  int results, raw, segment_table, constants, place, bytes;
+  int pixel_bytes;
+  int in_flight;  // pairs of pixels that a thread has on their way
+  int results, raw, segment_table, constants, place, extra, bytes;
+};
+
+// Where a backward block keeps the pixels of a step themselves, in bytes; in the room behind
+// MmaLayout::extra.
+struct MmaTile {
+  int pairs;   // of columns in a row, all images together
+  int stride;  // rows that the threads stage at a time
+  int pitch;   // from row to row
+  int raw, sums, filters, bytes;
 };
 
 // How the work is cut into blocks. Block index: channel block fastest, then band, then segment of
 // rows, then chunk of image groups.
 struct MmaTiling {
   MmaLayout layout;
+  MmaTile tile;
   int channel_blocks;
   int column_blocks;  // of 8 columns, in a band
   int bands;
@@ -93,41 +99,52 @@ struct MmaTiling {
   int64_t chunks;    // of `images` groups
 };
 
-// What the kernel size and stride fix.
-template <int K, int S>
+// What the kernel size, the stride and the number of warps fix.
+template <int K, int S, int kWarps_ = 8>
 struct MmaSizes {
-  static constexpr int kChunks = S == 1 ? 2 : 3;  // that a segment reads of a row
-  static constexpr int kClasses = S;              // rows from one output's first to the next's
-  static constexpr int kSlots = (K - 1) / S + 1;  // that a segment reads
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpChannels = kBlockChannels / kWarps;
+  static constexpr int kRawBytes = 16 * kThreads;  // of one pixel of each thread
+  static constexpr int kChunks = S == 1 ? 2 : 3;   // that a segment reads of a row
+  static constexpr int kClasses = S;               // rows from one output's first to the next's
+  static constexpr int kSlots = (K - 1) / S + 1;   // that a segment reads
+  static constexpr int kProducts = K * S;          // of a tile of one channel
   // Room for a channel's rows: fixed, so that the planes' offsets are part of the instructions.
   static constexpr int kPlaneBytes = S == 2 && K > 3 ? 2304 : 1536;
   static constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
   static_assert(7 * S + K <= kChunks * 8, "a segment's inputs do not fit its chunks");
-
-  // Where the planes of a warp's channels begin.
-  static EFFNET_INLINE constexpr int warp_planes(int warp) {
-    return warp * kWarpChannels / kVectorChannels * kGroupBytes +
-           warp * kWarpChannels % kVectorChannels * kPlaneBytes;
-  }
 };
+
+// Where the planes of a warp's channels begin, of planes of kPlaneBytes.
+template <class Sizes, int kPlaneBytes>
+EFFNET_DEVICE int warp_planes(int warp) {
+  const int channel = warp * Sizes::kWarpChannels;
+  return channel / kVectorChannels * (kVectorChannels * kPlaneBytes + 32) +
+         channel % kVectorChannels * kPlaneBytes;
+}
 
 // Where a block is in the output. In shared memory, since registers are short.
-struct MmaPlace {
+struct alignas(16) MmaPlace {
   int64_t pixel;   // the first
   int64_t images;  // from its first one to the last of the batch
-  int64_t pooled;  // element of its first image and channel among the partial sums
+  int64_t pooled;  // forward: element of its first image and channel among the partial sums
+  int64_t image;   // the first
   int rows;
+  int channel;  // the first
 };
 
-// Whether the tiling's step fits its planes and `most` bytes of shared memory; fills its layout.
+// Whether the tiling's step fits its planes and `most` bytes of shared memory; fills its layout,
+// for rows of `tensors` tensors (h x w = shape.in_h x shape.in_w), `constants` floats a channel and
+// `extra` bytes behind everything else.
 template <class Sizes>
-bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int most) {
+bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, int constants,
+                 int extra, int most) {
   MmaLayout& l = tiling.layout;
   l.pixel_bytes = shape.channels * 2;
-  l.row_bytes = shape.in_w * l.pixel_bytes;
   l.chunks = Sizes::kClasses * (tiling.column_blocks - 1) + Sizes::kChunks;
   l.pairs = tiling.group_images * l.chunks * 4;
-  l.stride = kMmaThreads / kVectors / l.pairs;
+  l.stride = Sizes::kThreads / kVectors / l.pairs;
   l.pitch = (tiling.group_images * l.chunks | 1) * kChunkBytes;
   l.slots = tiling.rows + Sizes::kSlots - 1;
   l.class_bytes = l.slots * l.pitch;
@@ -138,24 +155,28 @@ bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int most) {
   l.in_flight = std::min((l.slots * Sizes::kClasses + l.stride - 1) / l.stride, 3);
   l.results = kVectors * Sizes::kGroupBytes;
   l.raw = l.results + l.tiles * kTileSegments * kResultSegmentBytes;
-  l.segment_table = l.raw + l.in_flight * 2 * kRawBytes;
+  l.segment_table = l.raw + l.in_flight * tensors * 2 * Sizes::kRawBytes;
   l.constants = l.segment_table + l.tiles * kTileSegments * static_cast<int>(sizeof(int4));
-  l.place = l.constants + 4 * kBlockChannels * static_cast<int>(sizeof(float));
-  l.bytes = l.place + static_cast<int>(sizeof(MmaPlace));
+  l.place = l.constants + constants * kBlockChannels * static_cast<int>(sizeof(float));
+  l.extra = l.place + static_cast<int>(sizeof(MmaPlace));
+  l.bytes = l.extra + extra;
   return l.bytes <= most;
 }
 
 // The filters of the block's channels as words of two taps: [channel][row][1 + tap] is taps `tap`
-// and `tap` + 1, for taps from -1 on, with zeros outside the filter. In shared memory.
-template <class T, int K>
+// and `tap` + 1, for taps from -1 on, with zeros outside the filter. In shared memory. Flipped: of
+// the filter turned by 180 degrees.
+template <class T, int K, bool kFlipped>
 EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, int first_channel,
                                 int channels) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(weight);
   for (int i = threadIdx.x; i < kBlockChannels * K * (K + 1); i += blockDim.x) {
     const int channel = first_channel + i / (K * (K + 1));
-    const uint16_t* row = bits + static_cast<int64_t>(channel) * K * K + i / (K + 1) % K * K;
+    const uint16_t* filter = bits + static_cast<int64_t>(channel) * K * K;
     const auto tap = [&](int j) -> uint32_t {
-      return j >= 0 && j < K && channel < channels ? row[j] : 0;
+      if (j < 0 || j >= K || channel >= channels) return 0;
+      const int index = i / (K + 1) % K * K + j;
+      return filter[kFlipped ? K * K - 1 - index : index];
     };
     const int j = i % (K + 1) - 1;
     words[i] = tap(j) | tap(j + 1) << 16;
@@ -163,30 +184,35 @@ EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, i
 }
 
 // The band matrices of a warp's channels. A lane's word of chunk h holds the filter's row i from
-// tap 2q - S r + 8 h on, and of the two or three chunks no more than one reaches the filter: so one
-// word [e][i] is kept, and mask[h] is all ones where it belongs to chunk h, else zero.
-template <class T, int K, int S>
+// tap 2q - S r + 8 h on, and of the two or three chunks no more than one reaches the filter: so
+// there is one word a row, and mask[h] is all ones where it belongs to chunk h, else zero. The
+// words stay in registers (kKept) or in shared memory, where registers are short.
+template <class Sizes, int K, int S, bool kKept>
 struct Bands {
+  static constexpr int kWarpChannels = Sizes::kWarpChannels;
+  const uint32_t* words;
   uint32_t word[kWarpChannels][K];
-  uint32_t mask[MmaSizes<K, S>::kChunks];
+  uint32_t mask[Sizes::kChunks];
 
   EFFNET_DEVICE Bands(const uint32_t* filters, int warp, int lane) {
     int first = 2 * (lane % 4) - S * (lane / 4);
 #pragma unroll
-    for (int h = 0; h < MmaSizes<K, S>::kChunks; ++h) {
+    for (int h = 0; h < Sizes::kChunks; ++h) {
       mask[h] = first + 8 * h >= -1 && first + 8 * h < K ? 0xffffffffu : 0u;
     }
     while (first < -1) first += 8;
-    const uint32_t* words = filters + warp * kWarpChannels * K * (K + 1) + 1 + min(first, K - 1);
+    words = filters + warp * kWarpChannels * K * (K + 1) + 1 + min(first, K - 1);
+    if constexpr (kKept) {
 #pragma unroll
-    for (int e = 0; e < kWarpChannels; ++e) {
+      for (int e = 0; e < kWarpChannels; ++e) {
 #pragma unroll
-      for (int i = 0; i < K; ++i) word[e][i] = words[(e * K + i) * (K + 1)];
+        for (int i = 0; i < K; ++i) word[e][i] = words[(e * K + i) * (K + 1)];
+      }
     }
   }
 
   EFFNET_DEVICE uint32_t operator()(int e, int i, int h) const {
-    return bitwise_and(word[e][i], mask[h]);
+    return bitwise_and(kKept ? word[e][i] : words[(e * K + i) * (K + 1)], mask[h]);
   }
 };
 
@@ -194,18 +220,18 @@ struct Bands {
 // segment r + 8, of channel e. `planes` points at this lane's chunk of its segment in the first
 // channel's plane, `first` is the slot of its first row. Channel by channel there are four sums
 // that do not wait for each other.
-template <class T, int K, int S>
-EFFNET_DEVICE void multiply_bands(float (&d)[kWarpChannels][4], const Bands<T, K, S>& bands,
-                                  const char* planes, int first, int third_chunk,
-                                  const MmaLayout& layout) {
-  constexpr int kPlaneBytes = MmaSizes<K, S>::kPlaneBytes;
+template <class T, class Sizes, int K, int S, bool kKept>
+EFFNET_DEVICE void multiply_bands(float (&d)[Sizes::kWarpChannels][4],
+                                  const Bands<Sizes, K, S, kKept>& bands, const char* planes,
+                                  int first, int third_chunk, const MmaLayout& layout) {
+  constexpr int kPlaneBytes = Sizes::kPlaneBytes;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     int slot = first + i / S;
     if (slot >= layout.slots) slot -= layout.slots;
     const char* row = planes + slot * layout.pitch + i % S * layout.class_bytes;
 #pragma unroll
-    for (int e = 0; e < kWarpChannels; ++e) {
+    for (int e = 0; e < Sizes::kWarpChannels; ++e) {
       uint32_t x[4];
       load_matrices<false>(x, row + e * kPlaneBytes);
       multiply_matrices<T>(d[e], x[0], x[1], x[2], x[3], bands(e, i, 0), bands(e, i, 1));
@@ -223,13 +249,17 @@ EFFNET_DEVICE void multiply_bands(float (&d)[kWarpChannels][4], const Bands<T, K
 // stages the same pair of columns and vector of channels of every `stride`-th row.
 //   source.image(group)     the next rows are those of this group of images
 //   source.load(row, raw)   starts to copy the pair's two pixels, rows counted from the walk's
-//                           first, to raw and to raw + kRawBytes
+//                           first, to raw and to raw + kRawBytes, of kTensors tensors
 //   source.words(row, raw, word)  the 8 channels' words
+//   beside.load(group, step), beside.store()  what else a step needs in shared memory: starts to
+//                           copy it; stores it once the step before is computed
 //   compute(group, step, head)    head: the slot of the step's first row
 //   finish(group, step)           after the barrier behind compute
-template <class Sizes, class Source, class Compute, class Finish>
+template <class Sizes, class Source, class Beside, class Compute, class Finish>
 EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, int groups,
-                              Source& source, const Compute& compute, const Finish& finish) {
+                              Source& source, Beside& beside, const Compute& compute,
+                              const Finish& finish) {
+  constexpr int kUnitBytes = Source::kTensors * 2 * Sizes::kRawBytes;
   const MmaLayout& layout = tiling.layout;
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int unit = static_cast<int>(threadIdx.x) / kVectors;
@@ -262,18 +292,21 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
       const int end = min(row + batch, staged);
       char* slot = raw;
 #pragma unroll 1
-      for (int r = row; r < end; r += layout.stride, slot += 2 * kRawBytes) {
+      for (int r = row; r < end; r += layout.stride, slot += kUnitBytes) {
         source.load(origin + r, slot);
       }
-      if (!computed) {
+      const bool first_pass = !computed;
+      if (first_pass) {
         computed = true;
+        if (more) beside.load(next_group, next_step);
         if (group >= 0) compute(group, step, head);
         __syncthreads();
       }
       wait_for_copies();
+      if (first_pass && more) beside.store();
       slot = raw;
 #pragma unroll 1
-      for (; row < end; row += layout.stride, slot += 2 * kRawBytes) {
+      for (; row < end; row += layout.stride, slot += kUnitBytes) {
         int index = base + row / Sizes::kClasses;
         if (index >= layout.slots) index -= layout.slots;
         char* word = words + row % Sizes::kClasses * layout.class_bytes + index * layout.pitch;
@@ -298,89 +331,130 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
   }
 }
 
-// Reads the convolution's input through the prologue: a pair of columns of a band, one vector of
-// channels.
-template <class T>
-struct MmaInput {
-  const ForwardArguments<T, MmaTiling>& a;
+// For walks that stage nothing beside their rows.
+struct NothingBeside {
+  EFFNET_DEVICE void load(int, int) const {}
+  EFFNET_DEVICE void store() const {}
+};
+
+// The pixels that a thread stages of tensors with the shape of the convolution's input or output:
+// of a pair of columns and one vector of channels, row by row.
+template <bool kOfOutput>
+struct MmaPixels {
+  const DepthwiseShape& shape;
+  const MmaTiling& tiling;
   const char* shared;
-  const char* pixels;  // the pair's first pixel in row first_h of the block's first image
-  const char* row_zero = nullptr;  // the same in the group's image
+  int64_t offset;  // in bytes, of the pair's first pixel in row first_h of the block's first image
+  int64_t row_zero = 0;  // the same in the group's image
   int first_h;
   int image_of_group;  // that the pair belongs to
   int columns;         // which of the two exist, as bits
   int exist = 0;       // `columns` where the image exists
 
-  EFFNET_DEVICE MmaInput(const ForwardArguments<T, MmaTiling>& a, const char* shared,
-                         int64_t first_image, int first_channel, int first_h, int first_w)
-      : a(a), shared(shared), first_h(first_h) {
-    const MmaLayout& layout = a.tiling.layout;
-    const int pair = static_cast<int>(threadIdx.x) / kVectors % layout.pairs;
+  EFFNET_DEVICE int height() const { return kOfOutput ? shape.out_h : shape.in_h; }
+  EFFNET_DEVICE int width() const { return kOfOutput ? shape.out_w : shape.in_w; }
+  EFFNET_DEVICE int row_bytes() const { return width() * shape.channels * 2; }
+
+  // chunks: of 8 columns of one image in a row of the tile.
+  EFFNET_DEVICE MmaPixels(const DepthwiseShape& shape, const MmaTiling& tiling, const char* shared,
+                          int chunks, int64_t first_image, int first_channel, int first_h,
+                          int first_w)
+      : shape(shape), tiling(tiling), shared(shared), first_h(first_h) {
+    const int pair = static_cast<int>(threadIdx.x) / kVectors % (4 * tiling.group_images * chunks);
     const int channel = first_channel + static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
-    const int w = first_w + pair % (4 * layout.chunks) * 2;
-    image_of_group = pair / (4 * layout.chunks);
-    const bool channels = channel < a.shape.channels;
-    columns = int{channels && w >= 0 && w < a.shape.in_w} |
-              int{channels && w + 1 >= 0 && w + 1 < a.shape.in_w} << 1;
-    const int64_t row = (first_image + image_of_group) * a.shape.in_h + first_h;
-    pixels = reinterpret_cast<const char*>(a.input + (row * a.shape.in_w + w) * a.shape.channels +
-                                           channel);
+    const int w = first_w + pair % (4 * chunks) * 2;
+    image_of_group = pair / (4 * chunks);
+    const bool has_channels = channel < shape.channels;
+    columns = int{has_channels && w >= 0 && w < width()} |
+              int{has_channels && w + 1 >= 0 && w + 1 < width()} << 1;
+    const int64_t row = (first_image + image_of_group) * height() + first_h;
+    offset = ((row * width() + w) * shape.channels + channel) * 2;
+  }
+
+  EFFNET_DEVICE const MmaPlace& place() const {
+    return *reinterpret_cast<const MmaPlace*>(shared + tiling.layout.place);
   }
 
   EFFNET_DEVICE void image(int group) {
-    const MmaPlace* place = reinterpret_cast<const MmaPlace*>(shared + a.tiling.layout.place);
-    const int n = group * a.tiling.group_images;
-    exist = n + image_of_group < place->images ? columns : 0;
-    row_zero = pixels + static_cast<int64_t>(n * a.shape.in_h) * a.tiling.layout.row_bytes;
+    const int n = group * tiling.group_images;
+    exist = n + image_of_group < place().images ? columns : 0;
+    row_zero = offset + static_cast<int64_t>(n * height()) * row_bytes();
   }
 
   EFFNET_DEVICE int inside(int row) const {
-    return static_cast<unsigned>(first_h + row) < static_cast<unsigned>(a.shape.in_h) ? exist : 0;
+    return static_cast<unsigned>(first_h + row) < static_cast<unsigned>(height()) ? exist : 0;
   }
 
-  EFFNET_DEVICE void load(int row, char* raw) const {
-    const int in = inside(row);
-    const char* p = row_zero + static_cast<int64_t>(row) * a.tiling.layout.row_bytes;
+  template <int kRawBytes>
+  EFFNET_DEVICE void load(const void* tensor, int row, int in, char* raw) const {
+    const char* p =
+        static_cast<const char*>(tensor) + row_zero + static_cast<int64_t>(row) * row_bytes();
     copy_async(raw, p, in << 4 & 16);
-    copy_async(raw + kRawBytes, p + a.tiling.layout.pixel_bytes, in << 3 & 16);
+    copy_async(raw + kRawBytes, p + tiling.layout.pixel_bytes, in << 3 & 16);
+  }
+
+  // Constants `i` of this thread's channels.
+  EFFNET_DEVICE const float* constants(int i) const {
+    return reinterpret_cast<const float*>(shared + tiling.layout.constants) + i * kBlockChannels +
+           static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
+  }
+};
+
+template <class T>
+using MmaPixel = Vector<T, kVectorChannels>;
+
+// The words of two pixels' channels; through the prologue where there is one, whose scale and shift
+// are constants `first` and `first` + 1.
+template <class T, class Pixels>
+EFFNET_DEVICE void prologue_words(const Pixels& pixels, const Prologue& prologue, int first, int in,
+                                  const MmaPixel<T>& pixel0, const MmaPixel<T>& pixel1,
+                                  uint32_t (&word)[kVectorChannels]) {
+  if (prologue.scale == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVectorChannels / 2; ++i) {
+      word[2 * i] = lower_halves(pixel0.word[i], pixel1.word[i]);
+      word[2 * i + 1] = upper_halves(pixel0.word[i], pixel1.word[i]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int part = 0; part < kVectorChannels / 4; ++part) {
+    const Floats<4> scale = load_shared<4>(pixels.constants(first) + 4 * part);
+    const Floats<4> shift = load_shared<4>(pixels.constants(first + 1) + 4 * part);
+    // Both pixels, channel by channel.
+    Floats<8> x;
+    const Floats<4> x0 = unpack<T, 4>(slice<T, 4>(pixel0, part));
+    const Floats<4> x1 = unpack<T, 4>(slice<T, 4>(pixel1, part));
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      x[2 * c] = fmaf(x0[c], scale[c], shift[c]);
+      x[2 * c + 1] = fmaf(x1[c], scale[c], shift[c]);
+    }
+    x = activate<Math<T, 8>>(prologue.activation, x);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      x[2 * c] = in & 1 ? x[2 * c] : 0.f;
+      x[2 * c + 1] = in & 2 ? x[2 * c + 1] : 0.f;
+      word[4 * part + c] = pack<T, 2>(slice<2>(x, c)).word[0];
+    }
+  }
+}
+
+// Reads the convolution's input through the prologue.
+template <class T, class Sizes>
+struct MmaInput : MmaPixels<false> {
+  static constexpr int kTensors = 1;
+
+  const T* input;
+  const Prologue& prologue;
+
+  EFFNET_DEVICE void load(int row, char* raw) const {
+    MmaPixels::load<Sizes::kRawBytes>(input, row, inside(row), raw);
   }
 
   EFFNET_DEVICE void words(int row, const char* raw, uint32_t (&word)[kVectorChannels]) const {
-    using Pixel = Vector<T, kVectorChannels>;
-    const Pixel first_pixel = *reinterpret_cast<const Pixel*>(raw);
-    const Pixel second_pixel = *reinterpret_cast<const Pixel*>(raw + kRawBytes);
-    if (a.prologue.scale == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kVectorChannels / 2; ++i) {
-        word[2 * i] = lower_halves(first_pixel.word[i], second_pixel.word[i]);
-        word[2 * i + 1] = upper_halves(first_pixel.word[i], second_pixel.word[i]);
-      }
-      return;
-    }
-    const int in = inside(row);
-    const float* constants = reinterpret_cast<const float*>(shared + a.tiling.layout.constants) +
-                             static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
-#pragma unroll
-    for (int part = 0; part < kVectorChannels / 4; ++part) {
-      const Floats<4> scale = load_shared<4>(constants + 4 * part);
-      const Floats<4> shift = load_shared<4>(constants + kBlockChannels + 4 * part);
-      // Both pixels, channel by channel.
-      Floats<8> x;
-      const Floats<4> x0 = unpack<T, 4>(slice<T, 4>(first_pixel, part));
-      const Floats<4> x1 = unpack<T, 4>(slice<T, 4>(second_pixel, part));
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        x[2 * c] = fmaf(x0[c], scale[c], shift[c]);
-        x[2 * c + 1] = fmaf(x1[c], scale[c], shift[c]);
-      }
-      x = activate<Math<T, 8>>(a.prologue.activation, x);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        x[2 * c] = in & 1 ? x[2 * c] : 0.f;
-        x[2 * c + 1] = in & 2 ? x[2 * c + 1] : 0.f;
-        word[4 * part + c] = pack<T, 2>(slice<2>(x, c)).word[0];
-      }
-    }
+    prologue_words<T>(*this, prologue, 0, inside(row), *reinterpret_cast<const MmaPixel<T>*>(raw),
+                      *reinterpret_cast<const MmaPixel<T>*>(raw + Sizes::kRawBytes), word);
   }
 };
 
@@ -411,9 +485,10 @@ EFFNET_DEVICE void fill_segments(int4* segments, const MmaTiling& tiling, int ou
 // not null. Training: output = conv, and moments[(count, mean, M2), slot, c] if not null. Traffic:
 // input read once (the halo of neighbouring bands comes from L2), output written once.
 template <class T, int K, int S, bool kTraining>
-__global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
+__global__ void __launch_bounds__(256, kMmaBlocks<K>)
     depthwise_conv_mma_kernel(const __grid_constant__ ForwardArguments<T, MmaTiling> a) {
   using Sizes = MmaSizes<K, S>;
+  constexpr int kWarpChannels = Sizes::kWarpChannels;
   const DepthwiseShape& shape = a.shape;
   const MmaTiling& tiling = a.tiling;
   const DepthwiseBlock block(tiling);
@@ -443,8 +518,12 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
     const int64_t parts = static_cast<int64_t>(tiling.segments) * tiling.bands;
     const int64_t part = block.segment * tiling.bands + block.band;
     *reinterpret_cast<MmaPlace*>(shared + layout.place) = {
-        (first_n * shape.out_h + first_oh) * shape.out_w + first_ow, shape.batch - first_n,
-        (first_n * parts + part) * shape.channels + block.channel, block_rows};
+        (first_n * shape.out_h + first_oh) * shape.out_w + first_ow,
+        shape.batch - first_n,
+        (first_n * parts + part) * shape.channels + block.channel,
+        first_n,
+        block_rows,
+        block.channel};
   }
   fill_segments<S>(segment_table, tiling, shape.out_h, shape.out_w, first_ow,
                    shape.channels * static_cast<int>(sizeof(T)));
@@ -463,15 +542,18 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
     }
   }
   uint32_t* filters = reinterpret_cast<uint32_t*>(results);
-  fill_filters<T, K>(filters, a.weight, block.channel, shape.channels);
+  fill_filters<T, K, false>(filters, a.weight, block.channel, shape.channels);
   __syncthreads();
-  const Bands<T, K, S> bands(filters, warp, lane);
+  const Bands<Sizes, K, S, true> bands(filters, warp, lane);
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int vector_channel = block.channel + vector * kVectorChannels;
-  MmaInput<T> source(a, shared, first_n, block.channel, first_oh * S - shape.pad_top,
-                     first_ow * S - shape.pad_left);
+  MmaInput<T, Sizes> source{{shape, tiling, shared, layout.chunks, first_n, block.channel,
+                             first_oh * S - shape.pad_top, first_ow * S - shape.pad_left},
+                            a.input,
+                            a.prologue};
+  NothingBeside beside;
 
-  const char* warp_planes = shared + Sizes::warp_planes(warp);
+  const char* planes = shared + warp_planes<Sizes, Sizes::kPlaneBytes>(warp);
   // This lane's columns 2q and 2q + 1 of segment r, its warp's four channels.
   char* lane_results = results + lane / 4 * kResultSegmentBytes +
                        2 * (lane % 4) * kResultPixelBytes + (warp / 2 ^ lane % 4) * 16 +
@@ -519,10 +601,10 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
       {
         float d[kWarpChannels][4] = {};
         const int4 segment = segment_table[t * kTileSegments + lane % 16];
-        const char* planes = warp_planes + (segment.w & 0xffff) + lane_chunk;
+        const char* chunk = planes + (segment.w & 0xffff) + lane_chunk;
         int first = head + segment.z;
         if (first >= layout.slots) first -= layout.slots;
-        multiply_bands<T, K, S>(d, bands, planes, first, third_chunk, layout);
+        multiply_bands<T, Sizes, K, S>(d, bands, chunk, first, third_chunk, layout);
         Floats<kWarpChannels> scale, shift;
         if constexpr (!kTraining) {
           const float* constant = constants + warp * kWarpChannels;
@@ -631,7 +713,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
     const int column = lane / kVectors;
     const char* result = results + column * kResultPixelBytes + (vector ^ column / 2) * 16;
 #pragma unroll 2
-    for (int s = warp; s < layout.segments; s += kMmaWarps) {
+    for (int s = warp; s < layout.segments; s += Sizes::kWarps) {
       const int4 segment = segment_table[s];
       if (column < segment.y && segment.z < rows_left && segment.w >> 16 < images) {
         *reinterpret_cast<Vector<T, kVectorChannels>*>(output + segment.x) =
@@ -640,7 +722,7 @@ __global__ void __launch_bounds__(kMmaThreads, kMmaBlocks<K>)
     }
   };
 
-  walk_steps<Sizes>(shared, tiling, steps, groups, source, compute, finish);
+  walk_steps<Sizes>(shared, tiling, steps, groups, source, beside, compute, finish);
 
   if constexpr (kTraining) {
     if (a.moments == nullptr || !active) return;
