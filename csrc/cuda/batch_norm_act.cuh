@@ -55,11 +55,19 @@ struct ShiftedSums {
 constexpr int kStatisticsChannels = 8;
 constexpr int kStatisticsLanes = 32;
 constexpr int kStatisticsThreads = kStatisticsChannels * kStatisticsLanes;
+constexpr int kStatisticsUnroll = 4;
 constexpr size_t kStatisticsSharedBytes = 3 * kStatisticsThreads * sizeof(double);
 
-// mean[c], var[c] (biased) from per-block moments: partial is (3, slots, channels), the planes
-// being count, mean and M2. A block takes 8 channels, 32 threads each: thread (lane, c) merges
-// every 32nd slot, then lane 0 merges the lanes, always in this order. Blocks: ceil(channels / 8).
+// mean[c], var[c] (biased) from per-block moments: partial is (3, slots, channels) float64, the
+// planes being count, mean and M2. With d = the mean of a slot - the mean of the first one,
+//   n = sum count,  s1 = sum count * d,  s2 = sum (M2 + count * d^2)
+//   mean = first mean + s1 / n,  var = (s2 - s1^2 / n) / n
+// There is no division before the end, and slots do not wait for one another. The means of slots
+// are much closer to each other than float64 resolves, so s2 - s1^2 / n loses nothing that counts,
+// however far they are from zero.
+// A block takes 8 channels (whole sectors), 32 threads each: thread (lane, c) adds up every 32nd
+// slot, then the lanes are added in pairs, always in this order. Blocks: ceil(channels / 8).
+// Traffic: partial read.
 static __global__ void __launch_bounds__(kStatisticsThreads)
     batch_statistics_kernel(const double* __restrict__ partial, int slots, int channels,
                             float* mean_out, float* var_out) {
@@ -68,201 +76,385 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
       blockIdx.x * kStatisticsChannels + static_cast<int>(threadIdx.x) % kStatisticsChannels;
   const int64_t plane = static_cast<int64_t>(slots) * channels;
 
-  Moments all;
+  double first_mean = 0., count = 0., s1 = 0., s2 = 0.;
   if (channel < channels) {
+    // Of the first slot that holds anything: the mean of an empty one would be far from the others.
+    const double* p = partial + channel;
+    double first_count = *p;
+    first_mean = p[plane];
 #pragma unroll 1
-    for (int slot = lane; slot < slots; slot += kStatisticsLanes) {
-      const double* p = partial + static_cast<int64_t>(slot) * channels + channel;
-      all.merge({p[0], p[plane], p[2 * plane]});
+    for (int slot = 1; first_count == 0. && slot < slots; ++slot) {
+      p += channels;
+      first_count = *p;
+      first_mean = p[plane];
+    }
+    const auto add = [&](double n, double mean, double m2) {
+      // An empty slot's mean and M2 count for nothing, whatever they are.
+      const double d = n == 0. ? 0. : mean - first_mean;
+      count += n;
+      s1 = fma(n, d, s1);
+      s2 += fma(n * d, d, n == 0. ? 0. : m2);
+    };
+    const double* from = partial + static_cast<int64_t>(lane) * channels + channel;
+    const int64_t step = static_cast<int64_t>(kStatisticsLanes) * channels;
+    int slot = lane;
+#pragma unroll 1
+    for (; slot + (kStatisticsUnroll - 1) * kStatisticsLanes < slots;
+         slot += kStatisticsUnroll * kStatisticsLanes) {
+      double n[kStatisticsUnroll], mean[kStatisticsUnroll], m2[kStatisticsUnroll];
+#pragma unroll
+      for (int i = 0; i < kStatisticsUnroll; ++i) {
+        n[i] = from[i * step];
+        mean[i] = from[i * step + plane];
+        m2[i] = from[i * step + 2 * plane];
+      }
+#pragma unroll
+      for (int i = 0; i < kStatisticsUnroll; ++i) add(n[i], mean[i], m2[i]);
+      from += kStatisticsUnroll * step;
+    }
+#pragma unroll 1
+    for (; slot < slots; slot += kStatisticsLanes) {
+      add(*from, from[plane], from[2 * plane]);
+      from += step;
     }
   }
   double* shared = reinterpret_cast<double*>(shared_floats());
-  shared[threadIdx.x] = all.count;
-  shared[kStatisticsThreads + threadIdx.x] = all.mean;
-  shared[2 * kStatisticsThreads + threadIdx.x] = all.m2;
-  __syncthreads();
-  if (lane == 0 && channel < channels) {
+  shared[threadIdx.x] = count;
+  shared[kStatisticsThreads + threadIdx.x] = s1;
+  shared[2 * kStatisticsThreads + threadIdx.x] = s2;
 #pragma unroll 1
-    for (int i = threadIdx.x + kStatisticsChannels; i < kStatisticsThreads;
-         i += kStatisticsChannels) {
-      all.merge({shared[i], shared[kStatisticsThreads + i], shared[2 * kStatisticsThreads + i]});
+  for (int half = kStatisticsThreads / 2; half >= kStatisticsChannels; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        double* sum = shared + i * kStatisticsThreads + threadIdx.x;
+        *sum += sum[half];
+      }
     }
-    mean_out[channel] = static_cast<float>(all.mean);
-    var_out[channel] = static_cast<float>(all.m2 > 0. ? all.m2 / all.count : 0.);
+  }
+  if (lane == 0 && channel < channels) {
+    count = shared[threadIdx.x];
+    s1 = shared[kStatisticsThreads + threadIdx.x];
+    s2 = shared[2 * kStatisticsThreads + threadIdx.x];
+    const double shift = count == 0. ? 0. : s1 / count;
+    const double m2 = s2 - s1 * shift;
+    mean_out[channel] = static_cast<float>(first_mean + shift);
+    // Rounding may leave less than nothing of a constant's; NaN comes through.
+    var_out[channel] = static_cast<float>(count == 0. || m2 < 0. ? 0. : m2 / count);
   }
 }
 
 // How a (groups, rows, channels) tensor is cut into thread blocks. A group is one image where
 // something is summed or given per image, else the whole tensor. A block has `lanes` threads across
 // channels, one vector each, times `row_lanes` down the rows, and takes `chunk` rows of one group.
+// Where a block adds up its row lanes, `parts` threads of each channel share the work.
 // Block index: channel block fastest, then chunk, then group.
 struct RowTiling {
   int64_t groups, rows;
   int channels;
-  int lanes, row_lanes;
+  int lanes, row_lanes, parts;
   int channel_blocks, chunks;
-  int64_t chunk;
+  int chunk;
 };
 
 constexpr int kRowThreads = 256;
-constexpr int kRowUnroll = 4;   // rows that a thread has in flight of one tensor
-constexpr int kPairUnroll = 2;  // and of two
+constexpr int kRowUnroll = 4;  // most rows that a thread has in flight
 
-// A block's place in a RowTiling.
+// Vectors of the backward kernel, which holds seven per-channel vectors in registers: half as wide
+// as the others' for 16-bit elements.
 template <int V>
+constexpr int kPairVector = V < 4 ? V : 4;
+
+// Rows that a thread has in flight of each of two tensors: of 16-byte vectors half as many.
+template <class T, int V>
+constexpr int kPairUnroll = sizeof(T) * V < 16 ? kRowUnroll : kRowUnroll / 2;
+
+// blockIdx.x, read anew by each call: what is computed from it is computed again where it is needed
+// again, and takes no registers in between.
+EFFNET_DEVICE int block_index() {
+#ifdef __CUDA_ARCH__
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+#else
+  return static_cast<int>(blockIdx.x);
+#endif
+}
+
+// Blocks that a multiprocessor is to hold: they leave a thread 48 and 80 registers. With fewer for
+// vectors, the compiler delays loads of the rows in flight until it has used others.
+template <int V>
+constexpr int kRowBlocks = V == 1 ? 5 : 3;
+
+// A thread's place in a RowTiling.
+template <class T, int V>
 struct RowBlock {
-  int64_t group, chunk, first_row, last_row;
-  int lane, row_lane, channel;
+  int64_t group, slot;
+  int64_t first, step;         // bytes: to the thread's first vector, from one row to its next
+  int rows, row_lanes;         // the thread's are row 0, row_lanes ... of `rows`
+  int first_channel, channel;  // of the block, of the thread
   bool active;
 
   EFFNET_DEVICE explicit RowBlock(const RowTiling& tiling) {
-    lane = static_cast<int>(threadIdx.x) % tiling.lanes;
-    row_lane = static_cast<int>(threadIdx.x) / tiling.lanes;
-    const int block = blockIdx.x;
-    const int rest = block / tiling.channel_blocks;
-    channel = ((block % tiling.channel_blocks) * tiling.lanes + lane) * V;
-    group = rest / tiling.chunks;
-    chunk = rest % tiling.chunks;
-    first_row = chunk * tiling.chunk;
-    last_row = first_row + tiling.chunk < tiling.rows ? first_row + tiling.chunk : tiling.rows;
+    const int lane = static_cast<int>(threadIdx.x) % tiling.lanes;
+    const int row_lane = static_cast<int>(threadIdx.x) / tiling.lanes;
+    const int block = block_index();
+    slot = block / tiling.channel_blocks;
+    first_channel = (block % tiling.channel_blocks) * tiling.lanes * V;
+    channel = first_channel + lane * V;
     active = channel < tiling.channels;
+    group = slot / tiling.chunks;
+    const int64_t first_row = (slot % tiling.chunks) * tiling.chunk;
+    const int64_t left = tiling.rows - first_row;
+    rows = (left < tiling.chunk ? static_cast<int>(left) : tiling.chunk) - row_lane;
+    row_lanes = tiling.row_lanes;
+    first = ((group * tiling.rows + first_row + row_lane) * tiling.channels + channel) * sizeof(T);
+    step = static_cast<int64_t>(row_lanes) * tiling.channels * sizeof(T);
   }
 };
 
-// Adds up x over the row lanes of a block in a fixed order and leaves the sums in row lane 0's x.
-// `shared` holds blockDim.x * V floats.
-template <int V>
-EFFNET_DEVICE void sum_row_lanes(Floats<V>& x, float* shared, int lane, int lanes, int row_lane,
-                                 int row_lanes) {
-  __syncthreads();
+// The address `offset` bytes after p.
+template <class T>
+EFFNET_DEVICE T* at(T* p, int64_t offset) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + offset);
+}
+
+// Calls load(i, offset) for kUnroll rows of the thread, so that they are in flight together, then
+// use(i, offset) for the same ones, and so on. Only the last, incomplete set takes branches.
+template <int kUnroll, class Block, class Load, class Use>
+EFFNET_DEVICE void for_rows(const Block& block, const Load& load, const Use& use) {
+  int64_t offset = block.first;
+  int left = block.rows;
+#pragma unroll 1
+  for (; left > (kUnroll - 1) * block.row_lanes; left -= kUnroll * block.row_lanes) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) shared[(i * row_lanes + row_lane) * lanes + lane] = x[i];
-  __syncthreads();
-  if (row_lane != 0) return;
+    for (int i = 0; i < kUnroll; ++i) load(i, offset + i * block.step);
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    double sum = x[i];
-    for (int r = 1; r < row_lanes; ++r) sum += shared[(i * row_lanes + r) * lanes + lane];
-    x[i] = static_cast<float>(sum);
+    for (int i = 0; i < kUnroll; ++i) use(i, offset + i * block.step);
+    offset += kUnroll * block.step;
   }
+#pragma unroll
+  for (int i = 0; i < kUnroll - 1; ++i) {
+    if (left > i * block.row_lanes) load(i, offset + i * block.step);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll - 1; ++i) {
+    if (left > i * block.row_lanes) use(i, offset + i * block.step);
+  }
+}
+
+// Calls body(the activation as a compile-time constant): the loop in it has no branches, and the
+// compiler may interleave its rows.
+template <class Body>
+EFFNET_DEVICE void for_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::identity:
+      return body(std::integral_constant<Activation, Activation::identity>{});
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::relu6:
+      return body(std::integral_constant<Activation, Activation::relu6>{});
+    case Activation::silu:
+      return body(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish:
+      return body(std::integral_constant<Activation, Activation::hardswish>{});
+    case Activation::sigmoid:
+      return body(std::integral_constant<Activation, Activation::sigmoid>{});
+    case Activation::hardsigmoid:
+      return body(std::integral_constant<Activation, Activation::hardsigmoid>{});
+  }
+}
+
+// The constants of a block's channels, in shared memory: (4, lanes * V) floats. Every channel is
+// computed once a block, not by each of the threads that share it.
+struct BlockNorms {
+  const float *mean, *scale, *bias, *invstd;
+
+  static constexpr int kVectors = 4;
+
+  template <class T>
+  static EFFNET_DEVICE BlockNorms compute(const BatchNorm& bn, float* shared, int first_channel,
+                                          int block_channels, int channels) {
+    for (int i = threadIdx.x; i < block_channels; i += blockDim.x) {
+      ChannelNorm norm{};
+      if (first_channel + i < channels) norm = channel_norm<T>(bn, first_channel + i);
+      shared[i] = norm.mean;
+      shared[block_channels + i] = norm.scale;
+      shared[2 * block_channels + i] = norm.bias;
+      shared[3 * block_channels + i] = norm.invstd;
+    }
+    __syncthreads();
+    return {shared, shared + block_channels, shared + 2 * block_channels,
+            shared + 3 * block_channels};
+  }
+};
+
+template <int V>
+EFFNET_DEVICE Floats<V> load_floats(const float* p) {
+  constexpr int kWidth = V < 4 ? V : 4;  // of an access
+  Floats<V> y;
+#pragma unroll
+  for (int i = 0; i < V / kWidth; ++i) set_slice(y, i, load<kWidth>(p + i * kWidth));
+  return y;
+}
+
+template <int V>
+EFFNET_DEVICE void store_floats(float* p, const Floats<V>& x) {
+  constexpr int kWidth = V < 4 ? V : 4;
+#pragma unroll
+  for (int i = 0; i < V / kWidth; ++i) store(p + i * kWidth, slice<kWidth>(x, i));
+}
+
+// Adds up each of the threads' sums over the row lanes of a block, and calls
+// result(k, i, the total of sums[k] for the block's channel i) in one thread each.
+// `parts` threads a channel add some row lanes each, then one adds the parts: all in float64, for
+// sums of many rows may nearly cancel, and in a fixed order.
+// Shared memory: kSums * lanes * V * (parts doubles + row_lanes floats), aligned to 16 bytes.
+template <int V, int kSums, class Result>
+EFFNET_DEVICE void sum_row_lanes(const Floats<V> (&sums)[kSums], float* shared,
+                                 const RowTiling& tiling, const Result& result) {
+  const int channels = tiling.lanes * V;
+  const int parts = tiling.parts, row_lanes = tiling.row_lanes;
+  double* const part_sums = reinterpret_cast<double*>(shared);
+  float* const rows = shared + 2 * kSums * parts * channels;
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    store_floats(rows + (k * blockDim.x + threadIdx.x) * V, sums[k]);  // (k, row lane, channel)
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums * parts * channels; i += blockDim.x) {
+    const int k = i / (parts * channels), rest = i % (parts * channels);
+    const int part = rest / channels, channel = rest % channels;
+    const float* from = rows + k * row_lanes * channels + channel;
+    double sum = 0.;
+    for (int r = part; r < row_lanes; r += parts) sum += from[r * channels];
+    part_sums[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums * channels; i += blockDim.x) {
+    const int k = i / channels, channel = i % channels;
+    const double* from = part_sums + k * parts * channels + channel;
+    double sum = 0.;
+    for (int part = 0; part < parts; ++part) sum += from[part * channels];
+    result(k, channel, sum);
+  }
+}
+
+// What the two kernels below take of shared memory: BlockNorms, and what sum_row_lanes takes for
+// `sums` sums.
+inline size_t row_shared_bytes(const RowTiling& tiling, int vector, int sums) {
+  const size_t per_channel =
+      BlockNorms::kVectors * sizeof(float) +
+      sums * (tiling.parts * sizeof(double) + tiling.row_lanes * sizeof(float));
+  return per_channel * tiling.lanes * vector;
 }
 
 // output = activate((z - mean) * scale + bias), and pooled partials when asked for:
 // partial[group, chunk, c] = the sum of the float32 outputs of the block's rows.
-// Traffic: z read, output written. Four rows of 16-byte loads are in flight in each thread.
-// Shared memory: blockDim.x * V floats with `partial`, else none.
+// Traffic: z read, output written. Four rows of 16-byte loads are in flight in each thread: with
+// 768 threads, 48 KB a multiprocessor, several times what the latency of the memory asks for.
+// Shared memory: row_shared_bytes for one sum with `partial`, else for none.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
     batch_norm_act_kernel(const T* __restrict__ z, BatchNorm bn, Activation activation,
                           RowTiling tiling, T* __restrict__ output, float* __restrict__ partial) {
-  const RowBlock<V> block(tiling);
-  Floats<V> mean = broadcast<V>(0.f), scale = mean, bias = mean, sum = mean;
+  const RowBlock<T, V> block(tiling);
+  const int block_channels = tiling.lanes * V;
+  const BlockNorms norms = BlockNorms::compute<T>(bn, shared_floats(), block.first_channel,
+                                                  block_channels, tiling.channels);
+  Floats<V> sums[1] = {broadcast<V>(0.f)};
   if (block.active) {
+    const int i = block.channel - block.first_channel;
+    const Floats<V> mean = load_floats<V>(norms.mean + i);
+    const Floats<V> scale = load_floats<V>(norms.scale + i);
+    Floats<V> bias = load_floats<V>(norms.bias + i);
+    // A 16-bit z has no digits that subtracting the mean first could keep.
+    constexpr bool kFolded = sizeof(T) == 2;
+    if (kFolded) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const ChannelNorm norm = channel_norm<T>(bn, block.channel + i);
-      mean[i] = norm.mean;
-      scale[i] = norm.scale;
-      bias[i] = norm.bias;
+      for (int j = 0; j < V; ++j) bias[j] = fmaf(-mean[j], scale[j], bias[j]);
     }
-    const int64_t origin = block.group * tiling.rows * tiling.channels + block.channel;
-    for (int64_t row = block.first_row + block.row_lane; row < block.last_row;
-         row += kRowUnroll * tiling.row_lanes) {
+    for_activation(activation, [&](auto constant) {
       Vector<T, V> raw[kRowUnroll];
-#pragma unroll
-      for (int i = 0; i < kRowUnroll; ++i) {
-        const int64_t r = row + i * tiling.row_lanes;
-        if (r < block.last_row) raw[i] = load_vector<V>(z + origin + r * tiling.channels);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowUnroll; ++i) {
-        const int64_t r = row + i * tiling.row_lanes;
-        if (r < block.last_row) {
-          const Floats<V> y = activate<Math<T, V>>(
-              activation, multiply_add(unpack<T, V>(raw[i]) - mean, scale, bias));
-          store(output + origin + r * tiling.channels, y);
-          sum = sum + y;
-        }
-      }
-    }
+      for_rows<kRowUnroll>(
+          block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(z, offset)); },
+          [&](int i, int64_t offset) {
+            const Floats<V> x = unpack<T, V>(raw[i]);
+            const Floats<V> y = activate<Math<T, V>>(
+                decltype(constant)::value, multiply_add(kFolded ? x : x - mean, scale, bias));
+            store(at(output, offset), y);
+            sums[0] = sums[0] + y;
+          });
+    });
   }
   if (partial == nullptr) return;
-  sum_row_lanes<V>(sum, shared_floats(), block.lane, tiling.lanes, block.row_lane,
-                   tiling.row_lanes);
-  if (block.active && block.row_lane == 0) {
-    float* out =
-        partial + (block.group * tiling.chunks + block.chunk) * tiling.channels + block.channel;
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = sum[i];
-  }
+  const RowBlock<T, V> same(tiling);
+  float* const out = partial + same.slot * tiling.channels + same.first_channel;
+  const int left = tiling.channels - same.first_channel;
+  sum_row_lanes(sums, shared_floats() + BlockNorms::kVectors * block_channels, tiling,
+                [&](int, int i, double sum) {
+                  if (i < left) out[i] = static_cast<float>(sum);
+                });
 }
 
 // With g = grad_output + grad_pooled and du = g * activate'(u), per block:
 //   partial[0, slot, c] = sum du,   partial[1, slot, c] = sum du * xhat
-// slot = group * chunks + chunk. Traffic: grad_output and z read. grad_pooled is (groups,
-// channels). Shared memory: blockDim.x * V floats.
+// slot = group * chunks + chunk. grad_pooled is (groups, channels).
+// Traffic: grad_output and z read. Of each, a thread has 32 bytes in flight: with 768 threads,
+// 48 KB a multiprocessor. Shared memory: row_shared_bytes for two sums.
 template <class T, int V>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
     batch_norm_act_backward_kernel(const T* __restrict__ grad_output,
                                    const float* __restrict__ grad_pooled, const T* __restrict__ z,
                                    BatchNorm bn, Activation activation, RowTiling tiling,
                                    float* __restrict__ partial) {
-  const RowBlock<V> block(tiling);
-  Floats<V> mean = broadcast<V>(0.f), scale = mean, bias = mean, pooled = mean;
-  Floats<V> sum = mean, product = mean;
+  constexpr int kUnroll = kPairUnroll<T, V>;
+  const RowBlock<T, V> block(tiling);
+  const int block_channels = tiling.lanes * V;
+  const BlockNorms norms = BlockNorms::compute<T>(bn, shared_floats(), block.first_channel,
+                                                  block_channels, tiling.channels);
+  Floats<V> sums[2] = {broadcast<V>(0.f), broadcast<V>(0.f)};  // of du, of du * (z - mean)
   if (block.active) {
+    const int i = block.channel - block.first_channel;
+    const Floats<V> mean = load_floats<V>(norms.mean + i);
+    const Floats<V> scale = load_floats<V>(norms.scale + i);
+    const Floats<V> bias = load_floats<V>(norms.bias + i);
+    Floats<V> pooled = broadcast<V>(0.f);
+    if (grad_pooled != nullptr) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const ChannelNorm norm = channel_norm<T>(bn, block.channel + i);
-      mean[i] = norm.mean;
-      scale[i] = norm.scale;
-      bias[i] = norm.bias;
-      if (grad_pooled != nullptr) {
-        pooled[i] = grad_pooled[block.group * tiling.channels + block.channel + i];
+      for (int j = 0; j < V; ++j) {
+        pooled[j] = grad_pooled[block.group * tiling.channels + block.channel + j];
       }
     }
-    const int64_t origin = block.group * tiling.rows * tiling.channels + block.channel;
-    for (int64_t row = block.first_row + block.row_lane; row < block.last_row;
-         row += kPairUnroll * tiling.row_lanes) {
-      Vector<T, V> raw_g[kPairUnroll], raw_z[kPairUnroll];
-#pragma unroll
-      for (int i = 0; i < kPairUnroll; ++i) {
-        const int64_t r = row + i * tiling.row_lanes;
-        if (r < block.last_row) {
-          raw_g[i] = load_vector<V>(grad_output + origin + r * tiling.channels);
-          raw_z[i] = load_vector<V>(z + origin + r * tiling.channels);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPairUnroll; ++i) {
-        if (row + i * tiling.row_lanes < block.last_row) {
-          const Floats<V> d = unpack<T, V>(raw_z[i]) - mean;
-          const Floats<V> du = (unpack<T, V>(raw_g[i]) + pooled) *
-                               activate_grad<Math<T, V>>(activation, multiply_add(d, scale, bias));
-          sum = sum + du;
-          product = multiply_add(du, d, product);
-        }
-      }
-    }
+    for_activation(activation, [&](auto constant) {
+      Vector<T, V> raw_g[kUnroll], raw_z[kUnroll];
+      for_rows<kUnroll>(
+          block,
+          [&](int i, int64_t offset) {
+            raw_g[i] = load_vector<V>(at(grad_output, offset));
+            raw_z[i] = load_vector<V>(at(z, offset));
+          },
+          [&](int i, int64_t) {
+            const Floats<V> d = unpack<T, V>(raw_z[i]) - mean;
+            const Floats<V> du =
+                (unpack<T, V>(raw_g[i]) + pooled) *
+                activate_grad<Math<T, V>>(decltype(constant)::value, multiply_add(d, scale, bias));
+            sums[0] = sums[0] + du;
+            sums[1] = multiply_add(du, d, sums[1]);
+          });
+    });
   }
-  if (block.active) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) product[i] *= channel_norm<T>(bn, block.channel + i).invstd;
-  }
-  const int64_t slots = tiling.groups * tiling.chunks;
-  float* out =
-      partial + (block.group * tiling.chunks + block.chunk) * tiling.channels + block.channel;
-  sum_row_lanes<V>(sum, shared_floats(), block.lane, tiling.lanes, block.row_lane,
-                   tiling.row_lanes);
-  sum_row_lanes<V>(product, shared_floats(), block.lane, tiling.lanes, block.row_lane,
-                   tiling.row_lanes);
-  if (block.active && block.row_lane == 0) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out[i] = sum[i];
-      out[slots * tiling.channels + i] = product[i];
-    }
-  }
+  const int64_t plane = tiling.groups * tiling.chunks * tiling.channels;
+  const RowBlock<T, V> same(tiling);
+  float* const out = partial + same.slot * tiling.channels + same.first_channel;
+  const int left = tiling.channels - same.first_channel;
+  sum_row_lanes(sums, shared_floats() + BlockNorms::kVectors * block_channels, tiling,
+                [&](int k, int i, double sum) {
+                  if (i >= left) return;
+                  out[k * plane + i] = static_cast<float>(k == 0 ? sum : sum * norms.invstd[i]);
+                });
 }
 
 }  // namespace effnet::cuda

@@ -264,6 +264,8 @@ struct Backward {
   }
 };
 
+// Cuts (groups, rows, channels) into blocks for the kernels of batch_norm_act.cuh: as many as run
+// at a time, so that each computes its channels' constants and adds up its row lanes but once.
 template <int V>
 RowTiling row_tiling(const Device& device, int64_t groups, int64_t rows, int channels) {
   RowTiling tiling;
@@ -275,13 +277,33 @@ RowTiling row_tiling(const Device& device, int64_t groups, int64_t rows, int cha
   tiling.lanes = static_cast<int>(ceil_div(vectors, tiling.channel_blocks));
   tiling.row_lanes =
       static_cast<int>(std::min<int64_t>(kRowThreads / tiling.lanes, ceil_div(rows, kRowUnroll)));
-  // Enough blocks to fill the device, but none with less than one row of each thread's loads.
+  // About the square root: as many row lanes a part as parts.
+  tiling.parts = 1;
+  while (tiling.parts * tiling.parts < tiling.row_lanes) ++tiling.parts;
+
+  // No block with less than one row of each thread's loads, nor with more than an int counts.
   const int64_t most = ceil_div(rows, int64_t{tiling.row_lanes} * kRowUnroll);
-  const int64_t wave = int64_t{device.multiprocessors()} * 2048 / (tiling.lanes * tiling.row_lanes);
-  const int64_t wanted =
-      std::clamp<int64_t>(kWaves * wave / (groups * tiling.channel_blocks), 1, most);
-  tiling.chunk = ceil_div(rows, wanted);
-  tiling.chunks = static_cast<int>(ceil_div(rows, tiling.chunk));
+  const int64_t least = ceil_div(rows, int64_t{1} << 30);
+  const int64_t per_chunk = groups * tiling.channel_blocks;
+  const int64_t wave = int64_t{device.multiprocessors()} * kRowBlocks<V> *
+                       (kRowThreads / (tiling.lanes * tiling.row_lanes));
+  // One wave where its blocks are alike; more where there are so many groups that a last wave,
+  // nearly empty, would take as long as a full one. In rows: what a block does once, twice the rows
+  // in flight; a second launch, which adds up the chunks of a group, as much again.
+  int64_t shortest = 0;
+  for (int waves = 1; waves <= 8; ++waves) {
+    const int64_t wanted = std::max(least, std::clamp<int64_t>(waves * wave / per_chunk, 1, most));
+    const int64_t chunk = ceil_div(rows, wanted);
+    const int64_t chunks = ceil_div(rows, chunk);
+    const int64_t once = 2 * kRowUnroll * tiling.row_lanes;
+    const int64_t time =
+        ceil_div(per_chunk * chunks, wave) * (chunk + once) + (chunks > 1 ? once : 0);
+    if (waves == 1 || time < shortest) {
+      shortest = time;
+      tiling.chunk = static_cast<int>(chunk);
+      tiling.chunks = static_cast<int>(chunks);
+    }
+  }
   return tiling;
 }
 
@@ -295,9 +317,13 @@ void reduce_partials(const Device& device, const float* partial, int64_t outer, 
                      int channels, int64_t outer_stride, int64_t channel_stride, Output* first,
                      Output* second = nullptr) {
   STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial sums");
-  device.launch(reduce_partials_kernel<Output>, outer * ceil_div(channels, kReduceChannels),
-                kReduceThreads, kReduceSharedBytes, partial, static_cast<int>(slots), channels,
-                outer_stride, channel_stride, first, second);
+  // Few slots take few lanes, and a block then more channels.
+  int lanes = 1;
+  while (lanes < kReduceMaxLanes && lanes * kReduceUnroll / 2 < slots) lanes *= 2;
+  const int channel_blocks = static_cast<int>(ceil_div(channels, kReduceThreads / lanes));
+  device.launch(reduce_partials_kernel<Output>, outer * channel_blocks, kReduceThreads,
+                kReduceSharedBytes, partial, static_cast<int>(slots), channels, lanes,
+                channel_blocks, outer_stride, channel_stride, first, second);
 }
 
 template <class T>
@@ -374,9 +400,9 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
     OptionalTensor partial;
     if (reduced) partial = workspace(like, s.batch * tiling.chunks * s.channels);
     device.launch(batch_norm_act_kernel<T, V>, block_count(tiling), thread_count(tiling),
-                  pool ? thread_count(tiling) * V * sizeof(float) : 0,
-                  static_cast<const T*>(a.conv), a.bn, a.activation, tiling,
-                  static_cast<T*>(a.output), reduced ? floats(*partial) : pooled_out);
+                  row_shared_bytes(tiling, V, pool ? 1 : 0), static_cast<const T*>(a.conv), a.bn,
+                  a.activation, tiling, static_cast<T*>(a.output),
+                  reduced ? floats(*partial) : pooled_out);
     if (reduced) {
       reduce_partials(device, floats(*partial), s.batch, tiling.chunks, s.channels, s.channels, 1,
                       pooled_out);
@@ -389,19 +415,19 @@ void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& li
   const Device device(like);
   const DepthwiseShape& s = a.shape;
   for_vector<T>(s.channels, {a.grad_output, a.conv, a.input, a.grad_input}, [&](auto vector) {
-    constexpr int V = vector();
+    constexpr int V = vector(), kPair = kPairVector<V>;
 
     // Pass one: the gradients of BN's weight and bias, which batch statistics need before pass
     // two.
     const int64_t image = int64_t{s.out_h} * s.out_w;
     const bool pool = a.grad_pooled != nullptr;
     const RowTiling rows =
-        row_tiling<V>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
+        row_tiling<kPair>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
     const int64_t row_slots = rows.groups * rows.chunks;
     {
       const Tensor partial = workspace(like, 2 * row_slots * s.channels);
-      device.launch(batch_norm_act_backward_kernel<T, V>, block_count(rows), thread_count(rows),
-                    thread_count(rows) * V * sizeof(float), static_cast<const T*>(a.grad_output),
+      device.launch(batch_norm_act_backward_kernel<T, kPair>, block_count(rows), thread_count(rows),
+                    row_shared_bytes(rows, kPair, 2), static_cast<const T*>(a.grad_output),
                     static_cast<const float*>(a.grad_pooled), static_cast<const T*>(a.conv), a.bn,
                     a.activation, rows, floats(partial));
       reduce_partials(device, floats(partial), 2, row_slots, s.channels, 0, 1,
