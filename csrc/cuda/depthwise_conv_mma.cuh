@@ -731,7 +731,7 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
 #pragma unroll
     for (int e = 0; e < kWarpChannels; ++e) {
       Moments all = ShiftedSums{origin[e], sums[e], squares[e]}.moments(counted);
-#pragma unroll
+#pragma unroll 1
       for (int distance = 1; distance < 32; distance *= 2) {
         all.merge({__shfl_xor_sync(0xffffffffu, all.count, distance),
                    __shfl_xor_sync(0xffffffffu, all.mean, distance),
