@@ -88,34 +88,27 @@ static __global__ void __launch_bounds__(kStatisticsThreads)
       first_count = *p;
       first_mean = p[plane];
     }
-    const auto add = [&](double n, double mean, double m2) {
-      // An empty slot's mean and M2 count for nothing, whatever they are.
-      const double d = n == 0. ? 0. : mean - first_mean;
-      count += n;
-      s1 = fma(n, d, s1);
-      s2 += fma(n * d, d, n == 0. ? 0. : m2);
-    };
     const double* from = partial + static_cast<int64_t>(lane) * channels + channel;
     const int64_t step = static_cast<int64_t>(kStatisticsLanes) * channels;
-    int slot = lane;
 #pragma unroll 1
-    for (; slot + (kStatisticsUnroll - 1) * kStatisticsLanes < slots;
-         slot += kStatisticsUnroll * kStatisticsLanes) {
+    for (int slot = lane; slot < slots; slot += kStatisticsUnroll * kStatisticsLanes) {
       double n[kStatisticsUnroll], mean[kStatisticsUnroll], m2[kStatisticsUnroll];
 #pragma unroll
       for (int i = 0; i < kStatisticsUnroll; ++i) {
-        n[i] = from[i * step];
-        mean[i] = from[i * step + plane];
-        m2[i] = from[i * step + 2 * plane];
+        const bool valid = slot + i * kStatisticsLanes < slots;
+        n[i] = valid ? from[i * step] : 0.;
+        mean[i] = valid ? from[i * step + plane] : 0.;
+        m2[i] = valid ? from[i * step + 2 * plane] : 0.;
       }
 #pragma unroll
-      for (int i = 0; i < kStatisticsUnroll; ++i) add(n[i], mean[i], m2[i]);
+      for (int i = 0; i < kStatisticsUnroll; ++i) {
+        // An empty slot's mean and M2 count for nothing, whatever they are.
+        const double d = n[i] == 0. ? 0. : mean[i] - first_mean;
+        count += n[i];
+        s1 = fma(n[i], d, s1);
+        s2 += fma(n[i] * d, d, n[i] == 0. ? 0. : m2[i]);
+      }
       from += kStatisticsUnroll * step;
-    }
-#pragma unroll 1
-    for (; slot < slots; slot += kStatisticsLanes) {
-      add(*from, from[plane], from[2 * plane]);
-      from += step;
     }
   }
   double* shared = reinterpret_cast<double*>(shared_floats());
@@ -351,6 +344,24 @@ inline size_t row_shared_bytes(const RowTiling& tiling, int vector, int sums) {
   return per_channel * tiling.lanes * vector;
 }
 
+// As unpack, but with one instruction for every bfloat16: the upper half of a float32. For the
+// second of a pair, unpack takes two; kernels that are short of registers are scheduled worse with
+// this.
+template <class T, int V>
+EFFNET_DEVICE Floats<V> unpack_halves(const Vector<T, V>& raw) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
+    Floats<V> y;
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      y[2 * i] = bit_cast<float>(raw.word[i] << 16);
+      y[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
+    }
+    return y;
+  } else {
+    return unpack<T, V>(raw);
+  }
+}
+
 // output = activate((z - mean) * scale + bias), and pooled partials when asked for:
 // partial[group, chunk, c] = the sum of the float32 outputs of the block's rows.
 // Traffic: z read, output written. Four rows of 16-byte loads are in flight in each thread: with
@@ -381,7 +392,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
       for_rows<kRowUnroll>(
           block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(z, offset)); },
           [&](int i, int64_t offset) {
-            const Floats<V> x = unpack<T, V>(raw[i]);
+            const Floats<V> x = unpack_halves<T, V>(raw[i]);
             const Floats<V> y = activate<Math<T, V>>(
                 decltype(constant)::value, multiply_add(kFolded ? x : x - mean, scale, bias));
             store(at(output, offset), y);
@@ -437,9 +448,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
             raw_z[i] = load_vector<V>(at(z, offset));
           },
           [&](int i, int64_t) {
-            const Floats<V> d = unpack<T, V>(raw_z[i]) - mean;
+            const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - mean;
             const Floats<V> du =
-                (unpack<T, V>(raw_g[i]) + pooled) *
+                (unpack_halves<T, V>(raw_g[i]) + pooled) *
                 activate_grad<Math<T, V>>(decltype(constant)::value, multiply_add(d, scale, bias));
             sums[0] = sums[0] + du;
             sums[1] = multiply_add(du, d, sums[1]);

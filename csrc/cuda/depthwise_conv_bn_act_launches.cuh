@@ -133,12 +133,14 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
   MmaTiling best{};
   best.channel_blocks = static_cast<int>(ceil_div(s.channels, kBlockChannels));
   double least = 0.;
-  for (int bands = static_cast<int>(ceil_div(column_blocks, limits.columns));
-       best.rows == 0 && bands <= column_blocks; ++bands) {
+  const int least_bands = static_cast<int>(ceil_div(column_blocks, limits.columns));
+  for (int bands = least_bands;
+       bands <= column_blocks && (best.rows == 0 || bands < least_bands + 4); ++bands) {
     MmaTiling t = best;
     t.column_blocks = static_cast<int>(ceil_div(column_blocks, bands));
     t.bands = static_cast<int>(ceil_div(column_blocks, t.column_blocks));
-    for (t.rows = limits.rows; t.rows <= most_rows; t.rows += limits.rows) {
+    for (t.rows = limits.rows; t.rows <= 16 && (t.rows == limits.rows || t.rows < 2 * height);
+         t.rows *= 2) {
       const int steps = static_cast<int>(ceil_div(height, t.rows));
       for (t.group_images = 1; t.group_images <= 8; t.group_images *= 2) {
         const int image_segments = t.rows * t.column_blocks;
@@ -203,7 +205,7 @@ struct Forward {
       using Sizes = MmaSizes<K, S>;
       const int bytes = device.shared_bytes(kMmaBlocks<K>);
       return mma_tiling<Sizes>(
-          device, s, s.out_h, s.out_w, {S == 1 ? 7 : 4, 1, kMmaBlocks<K>},
+          device, s, s.out_h, s.out_w, {S == 1 ? 7 : 4, S == 1 ? 8 : 4, kMmaBlocks<K>},
           [&](MmaTiling& t) { return fill_layout<Sizes>(t, s, 1, 4, 0, bytes); });
     } else {
       return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,

@@ -458,18 +458,24 @@ struct MmaInput : MmaPixels<false> {
   }
 };
 
-// What each segment of a step is: {offset in bytes from the output's pixel of the group's first
-// image and the step's first row, columns that exist, row, image << 16 | offset of its first chunk
-// in a row}. Those that only fill a tile read what the last one reads.
+// What each segment of a step is, down the columns, so that the eight rows of a matrix lie one
+// pitch apart: {offset in bytes from the output's pixel of the group's first image and the step's
+// first row, columns that exist, row, image << 16 | offset of its first chunk in a row}. Those that
+// only fill a tile read what the last one reads.
 template <int S>
 EFFNET_DEVICE void fill_segments(int4* segments, const MmaTiling& tiling, int out_h, int out_w,
                                  int first_ow, int pixel_bytes) {
   const MmaLayout& layout = tiling.layout;
   for (int i = threadIdx.x; i < layout.tiles * kTileSegments; i += blockDim.x) {
     const int s = min(i, layout.segments - 1);
-    const int b = s % tiling.column_blocks;
-    const int row = s / tiling.column_blocks % tiling.rows;
-    const int g = s / tiling.column_blocks / tiling.rows;
+    const int row = s % tiling.rows;
+    const int g = s / tiling.rows / tiling.column_blocks;
+    int b = s / tiling.rows % tiling.column_blocks;
+    // Rows are one pitch apart, an odd number of chunks; four rows of two columns, four chunks
+    // apart, meet no bank twice either.
+    if (S == 2 && tiling.rows == 4 && b / 4 * 4 + 4 <= tiling.column_blocks) {
+      b = b / 4 * 4 + b % 2 * 2 + b % 4 / 2;
+    }
     const int column = kSegmentColumns * b;
     const int columns = i < layout.segments ? min(out_w - first_ow - column, kSegmentColumns) : 0;
     segments[i] = int4{((g * out_h + row) * out_w + column) * pixel_bytes, max(columns, 0), row,

@@ -145,16 +145,14 @@ EFFNET_DEVICE Floats<V> unpack(const Vector<T, V>& raw) {
   } else {
 #pragma unroll
     for (int i = 0; i < V / 2; ++i) {
+      float2 pair;
       if constexpr (std::is_same_v<T, __half>) {
-        const float2 pair = __half22float2(bit_cast<__half2>(raw.word[i]));
-        y[2 * i] = pair.x;
-        y[2 * i + 1] = pair.y;
+        pair = __half22float2(bit_cast<__half2>(raw.word[i]));
       } else {
-        // The upper half of a float32 each: one instruction, where the header's function takes two
-        // for the second.
-        y[2 * i] = bit_cast<float>(raw.word[i] << 16);
-        y[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
+        pair = __bfloat1622float2(bit_cast<__nv_bfloat162>(raw.word[i]));
       }
+      y[2 * i] = pair.x;
+      y[2 * i + 1] = pair.y;
     }
   }
   return y;
