@@ -345,11 +345,11 @@ struct MmaPixels {
   const MmaTiling& tiling;
   const char* shared;
   int64_t offset;  // in bytes, of the pair's first pixel in row first_h of the block's first image
-  int64_t row_zero = 0;  // the same in the group's image
+  int group_row = 0;  // from there to the same row of the group's image
   int first_h;
-  int image_of_group;  // that the pair belongs to
-  int columns;         // which of the two exist, as bits
-  int exist = 0;       // `columns` where the image exists
+  // In one register, bit by bit: which of the pair's two columns exist; the same where their image
+  // exists, else 0; from bit 4 on, which image of the group they belong to.
+  int columns;
 
   EFFNET_DEVICE int height() const { return kOfOutput ? shape.out_h : shape.in_h; }
   EFFNET_DEVICE int width() const { return kOfOutput ? shape.out_w : shape.in_w; }
@@ -363,10 +363,10 @@ struct MmaPixels {
     const int pair = static_cast<int>(threadIdx.x) / kVectors % (4 * tiling.group_images * chunks);
     const int channel = first_channel + static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
     const int w = first_w + pair % (4 * chunks) * 2;
-    image_of_group = pair / (4 * chunks);
+    const int image_of_group = pair / (4 * chunks);
     const bool has_channels = channel < shape.channels;
     columns = int{has_channels && w >= 0 && w < width()} |
-              int{has_channels && w + 1 >= 0 && w + 1 < width()} << 1;
+              int{has_channels && w + 1 >= 0 && w + 1 < width()} << 1 | image_of_group << 4;
     const int64_t row = (first_image + image_of_group) * height() + first_h;
     offset = ((row * width() + w) * shape.channels + channel) * 2;
   }
@@ -375,20 +375,24 @@ struct MmaPixels {
     return *reinterpret_cast<const MmaPlace*>(shared + tiling.layout.place);
   }
 
+  EFFNET_DEVICE int image_of_group() const { return columns >> 4; }
+  EFFNET_DEVICE int exist() const { return columns >> 2 & 3; }
+
   EFFNET_DEVICE void image(int group) {
     const int n = group * tiling.group_images;
-    exist = n + image_of_group < place().images ? columns : 0;
-    row_zero = offset + static_cast<int64_t>(n * height()) * row_bytes();
+    columns &= ~12;
+    if (n + image_of_group() < place().images) columns |= (columns & 3) << 2;
+    group_row = n * height();
   }
 
   EFFNET_DEVICE int inside(int row) const {
-    return static_cast<unsigned>(first_h + row) < static_cast<unsigned>(height()) ? exist : 0;
+    return static_cast<unsigned>(first_h + row) < static_cast<unsigned>(height()) ? exist() : 0;
   }
 
   template <int kRawBytes>
   EFFNET_DEVICE void load(const void* tensor, int row, int in, char* raw) const {
-    const char* p =
-        static_cast<const char*>(tensor) + row_zero + static_cast<int64_t>(row) * row_bytes();
+    const char* p = static_cast<const char*>(tensor) + offset +
+                    static_cast<int64_t>(group_row + row) * row_bytes();
     copy_async(raw, p, in << 4 & 16);
     copy_async(raw + kRawBytes, p + tiling.layout.pixel_bytes, in << 3 & 16);
   }
@@ -568,11 +572,11 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
   const int lane_chunk = (lane >> 4) * kChunkBytes;
   const int third_chunk = 2 * kChunkBytes - lane_chunk;
 
-  // Deviations from one of the lane's values, in float32: they are of 16-bit values, summed four at
-  // a time, and a block sees too few of them for the rounding to show.
-  float origin[kWarpChannels] = {}, sums[kWarpChannels] = {}, squares[kWarpChannels] = {};
+  // Of deviations from the warp's first value of each channel (constant 2), in float32: they are of
+  // 16-bit values, summed four at a time, and a lane sees too few of them for the rounding to show.
+  float sums[kWarpChannels] = {}, squares[kWarpChannels] = {};
+  float* warp_constants = constants + warp * kWarpChannels;
   float pooled[kWarpChannels] = {};
-  int counted = 0;
   const bool reduces = kTraining ? a.moments != nullptr : a.pooled != nullptr;
   // Half a tile may be an image of its own.
   const bool half_tiles = tiling.rows * tiling.column_blocks == kTileSegments / 2;
@@ -613,7 +617,7 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
         multiply_bands<T, Sizes, K, S>(d, bands, chunk, first, third_chunk, layout);
         Floats<kWarpChannels> scale, shift;
         if constexpr (!kTraining) {
-          const float* constant = constants + warp * kWarpChannels;
+          const float* constant = warp_constants;
           scale = load_shared<kWarpChannels>(constant + 2 * kBlockChannels);
           shift = load_shared<kWarpChannels>(constant + 3 * kBlockChannels);
         }
@@ -653,15 +657,16 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
         exists[2 * half + 1] = row && 2 * (lane % 4) + 1 < segment.y;
       }
       if constexpr (kTraining) {
-        if (counted == 0) {
+        if (group == 0 && step == 0 && t == 0) {
+          // Segment 0 and its first column, lane 0's, always exist.
 #pragma unroll
           for (int e = 0; e < kWarpChannels; ++e) {
-#pragma unroll
-            for (int v = 0; v < 4; ++v) {
-              if (exists[v]) origin[e] = y[e * 4 + v];
-            }
+            if (lane == 0) warp_constants[2 * kBlockChannels + e] = y[e * 4];
           }
+          __syncwarp();
         }
+        const Floats<kWarpChannels> origin =
+            load_shared<kWarpChannels>(warp_constants + 2 * kBlockChannels);
 #pragma unroll
         for (int e = 0; e < kWarpChannels; ++e) {
           float sum = 0.f, square = 0.f;
@@ -674,7 +679,6 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
           sums[e] += sum;
           squares[e] += square;
         }
-        counted += exists[0] + exists[1] + exists[2] + exists[3];
       } else {
         float halves[2][kWarpChannels] = {};  // of segments r and r + 8
 #pragma unroll
@@ -734,16 +738,19 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
     if (a.moments == nullptr || !active) return;
     const int64_t slots = tiling.chunks * tiling.segments * tiling.bands;
     double* out = a.moments + block.slot(tiling) * shape.channels + channel;
+    const int64_t images = min(place->images, static_cast<int64_t>(groups) * tiling.group_images);
+    const int columns = min(shape.out_w - first_ow, tiling.column_blocks * kSegmentColumns);
+    const double count = static_cast<double>(images) * place->rows * columns;
 #pragma unroll
     for (int e = 0; e < kWarpChannels; ++e) {
-      Moments all = ShiftedSums{origin[e], sums[e], squares[e]}.moments(counted);
+      ShiftedSums total{warp_constants[2 * kBlockChannels + e], sums[e], squares[e]};
 #pragma unroll 1
       for (int distance = 1; distance < 32; distance *= 2) {
-        all.merge({__shfl_xor_sync(0xffffffffu, all.count, distance),
-                   __shfl_xor_sync(0xffffffffu, all.mean, distance),
-                   __shfl_xor_sync(0xffffffffu, all.m2, distance)});
+        total.sum += __shfl_xor_sync(0xffffffffu, total.sum, distance);
+        total.squares += __shfl_xor_sync(0xffffffffu, total.squares, distance);
       }
-      if (lane == 0 && channel + e < shape.channels) {
+      const Moments all = total.moments(count);
+      if (lane == 0) {
         out[e] = all.count;
         out[slots * shape.channels + e] = all.mean;
         out[2 * slots * shape.channels + e] = all.m2;

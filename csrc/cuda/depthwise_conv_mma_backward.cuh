@@ -56,7 +56,7 @@ struct MmaGradConv : MmaPixels<true> {
   EFFNET_DEVICE void image(int group) {
     MmaPixels::image(group);
     if (a.grad_pooled == nullptr) return;
-    const int64_t n = place().image + group * tiling.group_images + image_of_group;
+    const int64_t n = place().image + group * tiling.group_images + image_of_group();
     const int channel =
         place().channel + static_cast<int>(threadIdx.x) % kVectors * kVectorChannels;
     pooled = a.grad_pooled + n * shape.channels + channel;
@@ -108,7 +108,7 @@ struct MmaInputTile : MmaPixels<false> {
   int origin = 0;
 
   // Rows behind the block's own belong to another block.
-  EFFNET_DEVICE int inside(int row) const { return row < place().rows ? exist : 0; }
+  EFFNET_DEVICE int inside(int row) const { return row < place().rows ? exist() : 0; }
 
   EFFNET_DEVICE char* planes() const { return const_cast<char*>(shared) + tiling.layout.extra; }
 
@@ -309,49 +309,54 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
     const char* input = reinterpret_cast<const char*>(a.input + offset);
     const int column = lane / kVectors;
     const char* result = results + column * kResultPixelBytes + (vector ^ column / 2) * 16;
-    Floats<kVectorChannels> grad_scale = broadcast<kVectorChannels>(0.f), grad_shift = grad_scale;
+    const auto exists = [&](const int4& segment) {
+      return vector_channel < shape.channels && column < segment.y && segment.z < rows_left &&
+             segment.w >> 16 < images;
+    };
+    if (!has_prologue) {
 #pragma unroll 1
-    for (int s = warp; s < layout.segments; s += Sizes::kWarps) {
-      const int4 segment = segment_table[s];
-      if (vector_channel >= shape.channels || column >= segment.y || segment.z >= rows_left ||
-          segment.w >> 16 >= images) {
-        continue;
-      }
-      MmaPixel<T> y = *reinterpret_cast<const MmaPixel<T>*>(result + s * kResultSegmentBytes);
-      if (has_prologue) {
-        const auto x = load<kVectorChannels>(reinterpret_cast<const T*>(input + segment.x));
-        const auto scale = load_shared<4>(source.constants(5)),
-                   scale4 = load_shared<4>(source.constants(5) + 4);
-        const auto shift = load_shared<4>(source.constants(6)),
-                   shift4 = load_shared<4>(source.constants(6) + 4);
-        Floats<kVectorChannels> v, factor;
-#pragma unroll
-        for (int c = 0; c < kVectorChannels; ++c) {
-          factor[c] = c < 4 ? scale[c % 4] : scale4[c % 4];
-          v[c] = fmaf(x[c], factor[c], c < 4 ? shift[c % 4] : shift4[c % 4]);
+      for (int s = warp; s < layout.segments; s += Sizes::kWarps) {
+        const int4 segment = segment_table[s];
+        if (exists(segment)) {
+          *reinterpret_cast<MmaPixel<T>*>(output + segment.x) =
+              *reinterpret_cast<const MmaPixel<T>*>(result + s * kResultSegmentBytes);
         }
-        const Floats<kVectorChannels> dv =
-            unpack<T, kVectorChannels>(y) *
-            activate_grad<Math<T, kVectorChannels>>(a.prologue.activation, v);
+      }
+      return;
+    }
+    // Half a vector at a time: beside the sums of grad_weight, registers are short.
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      Floats<4> grad_scale = broadcast<4>(0.f), grad_shift = grad_scale;
+      const Floats<4> scale = load_shared<4>(source.constants(5) + 4 * half);
+      const Floats<4> shift = load_shared<4>(source.constants(6) + 4 * half);
+#pragma unroll 1
+      for (int s = warp; s < layout.segments; s += Sizes::kWarps) {
+        const int4 segment = segment_table[s];
+        if (!exists(segment)) continue;
+        const int at = segment.x + 8 * half;
+        const Floats<4> dp = unpack<T, 4>(
+            *reinterpret_cast<const Vector<T, 4>*>(result + s * kResultSegmentBytes + 8 * half));
+        const Floats<4> x = load<4>(reinterpret_cast<const T*>(input + at));
+        const Floats<4> dv =
+            dp * activate_grad<Math<T, 4>>(a.prologue.activation, multiply_add(x, scale, shift));
         grad_scale = multiply_add(dv, x, grad_scale);
         grad_shift = grad_shift + dv;
-        y = pack<T, kVectorChannels>(dv * factor);
+        store(reinterpret_cast<T*>(output + at), dv * scale);
       }
-      *reinterpret_cast<MmaPixel<T>*>(output + segment.x) = y;
-    }
-    if (!has_prologue) return;
-    // Over the warp's columns; a warp adds to sums of its own, so their order is always the same.
-    float* warp_sums = sums + warp * 2 * kBlockChannels + vector * kVectorChannels;
+      // Over the warp's columns; a warp adds to sums of its own, so their order is always the same.
+      float* warp_sums = sums + warp * 2 * kBlockChannels + vector * kVectorChannels + 4 * half;
 #pragma unroll
-    for (int c = 0; c < kVectorChannels; ++c) {
+      for (int c = 0; c < 4; ++c) {
 #pragma unroll
-      for (int distance = kVectors; distance < 32; distance *= 2) {
-        grad_scale[c] += __shfl_xor_sync(0xffffffffu, grad_scale[c], distance);
-        grad_shift[c] += __shfl_xor_sync(0xffffffffu, grad_shift[c], distance);
-      }
-      if (column == 0) {
-        warp_sums[c] += grad_scale[c];
-        warp_sums[kBlockChannels + c] += grad_shift[c];
+        for (int distance = kVectors; distance < 32; distance *= 2) {
+          grad_scale[c] += __shfl_xor_sync(0xffffffffu, grad_scale[c], distance);
+          grad_shift[c] += __shfl_xor_sync(0xffffffffu, grad_shift[c], distance);
+        }
+        if (column == 0) {
+          warp_sums[c] += grad_scale[c];
+          warp_sums[kBlockChannels + c] += grad_shift[c];
+        }
       }
     }
   };
