@@ -128,7 +128,6 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
                      const MmaLimits& limits, const Fits& fits) {
   const int wave = device.multiprocessors() * limits.blocks;
   const int column_blocks = static_cast<int>(ceil_div(width, kSegmentColumns));
-  const int most_rows = std::min(16, static_cast<int>(ceil_div(height, limits.rows)) * limits.rows);
 
   MmaTiling best{};
   best.channel_blocks = static_cast<int>(ceil_div(s.channels, kBlockChannels));
@@ -154,11 +153,13 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
         }
         if (!fits(t)) break;
         // In instructions: 45 a warp for two pixels of 8 channels of each lane that are staged, 3 a
-        // product and 40 for what becomes of a tile's results, 150 a warp for a step's barriers.
+        // product and 40 for what becomes of a tile's results, 150 a warp for a step's barriers,
+        // 600 where a new image's rows come in several turns, the second and later ones waited for.
         const MmaLayout& l = t.layout;
         const double staged =
             ceil_div((l.slots + (steps - 1) * t.rows) * Sizes::kClasses, l.stride);
-        const double cost = (staged * Sizes::kWarps * 45. +
+        const int64_t turns = ceil_div(ceil_div(l.slots * Sizes::kClasses, l.stride), l.in_flight);
+        const double cost = ((turns - 1) * Sizes::kWarps * 600. + staged * Sizes::kWarps * 45. +
                              l.tiles * steps * kBlockChannels * (3. * Sizes::kProducts + 40.) +
                              steps * Sizes::kWarps * 150.) *
                             t.bands / t.group_images;

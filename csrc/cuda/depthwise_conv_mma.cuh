@@ -109,9 +109,10 @@ struct MmaSizes {
   static constexpr int kChunks = S == 1 ? 2 : 3;   // that a segment reads of a row
   static constexpr int kClasses = S;               // rows from one output's first to the next's
   static constexpr int kSlots = (K - 1) / S + 1;   // that a segment reads
-  static constexpr int kProducts = K * S;          // of a tile of one channel
+  static constexpr int kFilterBytes = kBlockChannels * K * (K + 1) * 4;
+  static constexpr int kProducts = K * S;  // of a tile of one channel
   // Room for a channel's rows: fixed, so that the planes' offsets are part of the instructions.
-  static constexpr int kPlaneBytes = S == 2 && K > 3 ? 2304 : 1536;
+  static constexpr int kPlaneBytes = S == 2 && K > 3 ? 2304 : 1440;
   static constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
   static_assert(7 * S + K <= kChunks * 8, "a segment's inputs do not fit its chunks");
 };
@@ -152,9 +153,10 @@ bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, in
   l.segments = tiling.group_images * tiling.rows * tiling.column_blocks;
   l.tiles = (l.segments + kTileSegments - 1) / kTileSegments;
   // All that a step stages, within reason.
-  l.in_flight = std::min((l.slots * Sizes::kClasses + l.stride - 1) / l.stride, 3);
+  l.in_flight = std::min((l.slots * Sizes::kClasses + l.stride - 1) / l.stride, 4);
   l.results = kVectors * Sizes::kGroupBytes;
-  l.raw = l.results + l.tiles * kTileSegments * kResultSegmentBytes;
+  // Before the first results the filters lie there.
+  l.raw = l.results + std::max(l.segments * kResultSegmentBytes, Sizes::kFilterBytes);
   l.segment_table = l.raw + l.in_flight * tensors * 2 * Sizes::kRawBytes;
   l.constants = l.segment_table + l.tiles * kTileSegments * static_cast<int>(sizeof(int4));
   l.place = l.constants + constants * kBlockChannels * static_cast<int>(sizeof(float));
@@ -638,7 +640,9 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
             pack<T, kWarpChannels>(Floats<4>{{y[v], y[4 + v], y[8 + v], y[12 + v]}});
         char* pixel = lane_results + (t * kTileSegments + v / 2 * 8) * kResultSegmentBytes +
                       v % 2 * kResultPixelBytes;
-        *reinterpret_cast<Vector<T, kWarpChannels>*>(pixel) = four;
+        if (t * kTileSegments + v / 2 * 8 + lane / 4 < layout.segments) {
+          *reinterpret_cast<Vector<T, kWarpChannels>*>(pixel) = four;
+        }
         if constexpr (kTraining) {
           // Statistics of the stored values: those of others would not normalise them.
           const Floats<4> stored = unpack<T, 4>(four);

@@ -259,7 +259,9 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
         for (int v = 0; v < 4; ++v) {
           char* pixel = lane_results + (t * kTileSegments + v / 2 * 8) * kResultSegmentBytes +
                         v % 2 * kResultPixelBytes;
-          *reinterpret_cast<Vector<T, 2>*>(pixel) = pack<T, 2>(Floats<2>{{d[0][v], d[1][v]}});
+          if (t * kTileSegments + v / 2 * 8 + lane / 4 < layout.segments) {
+            *reinterpret_cast<Vector<T, 2>*>(pixel) = pack<T, 2>(Floats<2>{{d[0][v], d[1][v]}});
+          }
         }
       }
     }

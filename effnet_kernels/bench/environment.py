@@ -92,8 +92,13 @@ def _git(*arguments: str) -> str | None:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything a reader of the numbers needs to know of the machine and the code."""
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "effnet_kernels")
+    # A copy of the tree that comes without its history names the commit it is of.
+    commit = os.environ.get("EFFNET_KERNELS_COMMIT") or _git("rev-parse", "HEAD")
+    changed = None
+    if "EFFNET_KERNELS_COMMIT" not in os.environ:
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", "--", "csrc", "effnet_kernels"
+        )
     description: dict[str, Any] = {
         "device": device_name(device),
         "device_type": device.type,
