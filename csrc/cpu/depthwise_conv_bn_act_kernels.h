@@ -2,14 +2,15 @@
 //
 // Rows of the input are widened to float32 (through the prologue, where there is one) into a ring
 // of k rows, vector by vector: element (v, x) of a row, a vector of `lanes` channels, is at (v *
-// columns + x) * lanes, with the zero padding in place. So each input element is converted once,
-// the inner loops see aligned float32 with no borders, and a block's ring stays in L1:
+// columns + x) * lanes, with the zero padding in place. So each input element is converted once and
+// the inner loops see aligned float32 with no borders. Where there is nothing to convert, they read
+// the tensor itself. Either way the sums stay in registers until they are final:
 //
-//   input (N, H, W, C) --load_rows--> ring [k][v][x] --correlate--> row [v][x] --> BN, activation,
-//                                                                    pooled sums, --> output
+//   input (N, H, W, C) [--load_rows--> ring [k][v][x]] --correlate--> sink: BN, activation, pooled
+//                                                      sums or batch statistics --> output
 //
 // The loops over taps hold a tile of output columns in registers: each vector that is loaded meets
-// every tap that needs it.
+// every tap that needs it. In inference BN is part of the weights and of what the sums begin with.
 #pragma once
 
 #include "depthwise_conv_bn_act.h"
