@@ -12,6 +12,10 @@
 #include "../ops.h"
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace effnet {
 namespace {
 
@@ -31,10 +35,10 @@ const DepthwiseKernels& kernels_for(Dtype dtype) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The tile in [4, 8] that computes the fewest columns beyond the last, the largest of those.
+// The tile that computes the fewest columns beyond the last, the largest of those.
 int best_tile(int columns, int multiple) {
   int best = 8;
-  for (int tile = 8; tile >= 4; --tile) {
+  for (const int tile : {7, 4}) {
     if (tile % multiple == 0 && ceil_div(columns, tile) * tile < ceil_div(columns, best) * best) {
       best = tile;
     }
@@ -42,12 +46,16 @@ int best_tile(int columns, int multiple) {
   return best;
 }
 
-// What a block of channels keeps in L1: its ring of rows and a row of results.
+// What a block of channels keeps in L1: its rings of rows.
 constexpr int64_t kL1Bytes = 40 * 1024;
 // Cache lines of a pixel that a block takes together, at least: shorter pieces of memory cost more
 // than a ring that leaves L1.
 constexpr int64_t kChunkLines = 4;
-// Columns of a strip, at most: a halo of k - 1 input columns is then little.
+// The same where there is no ring, at most: longer ones are as fast, and leave fewer blocks.
+constexpr int64_t kStreamLines = 16;
+// Rows of a strip without a ring stay in a core's L2 until the last row of results that needs them.
+constexpr int64_t kL2Bytes = 256 * 1024;
+// Columns of a strip with a ring, at most: a halo of k - 1 input columns is then little.
 constexpr int kStripColumns = 32;
 // Rows of a band, at least, for the same reason.
 constexpr int kBandRows = 8;
@@ -55,37 +63,86 @@ constexpr int kBandRows = 8;
 constexpr int64_t kItems = 64;
 // Sums are kept for that many slots at most.
 constexpr int64_t kSlots = 64;
+// Tensors that are larger together leave the cache before they are used again.
+constexpr int64_t kCacheBytes = 8 << 20;
 
-DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, size_t element_size,
+// rings: how many rings of k rows the kernels keep, 0 if they read the tensors where they lie.
+DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, int64_t element_size,
                         int rings) {
   DepthwisePlan p;
   p.lanes = k.lanes;
   p.vectors = static_cast<int>(ceil_div(s.channels, p.lanes));
-  p.strips = static_cast<int>(ceil_div(s.out_w, kStripColumns));
+  const int64_t line = ceil_div(64, p.lanes * element_size);
+  const int64_t vector_bytes = k.accumulator_size * p.lanes;
+  const int64_t longest = rings == 0 ? std::min<int64_t>(kStreamLines * line, p.vectors) : 0;
+  const int64_t columns =
+      rings == 0 ? std::max<int64_t>(kL2Bytes / (longest * vector_bytes * s.kernel * s.stride),
+                                     kStripColumns)
+                 : kStripColumns;
+  p.strips = static_cast<int>(ceil_div(s.out_w, columns));
   p.strip_cols = static_cast<int>(ceil_div(s.out_w, p.strips));
   p.strips = static_cast<int>(ceil_div(s.out_w, p.strip_cols));
   p.tile = best_tile(p.strip_cols, 1);
   p.grad_tile =
       best_tile((p.strips == 1 ? s.in_w : p.strip_cols * s.stride) + s.stride - 1, s.stride);
 
-  const int64_t vector_bytes =
-      rings * k.accumulator_size * p.lanes *
-      (int64_t{s.kernel} * (p.strip_cols * s.stride + s.kernel) + p.strip_cols);
-  const int64_t line = ceil_div(64, p.lanes * element_size);
-  int64_t block = std::clamp<int64_t>(kL1Bytes / vector_bytes, kChunkLines * line, 8);
-  const int64_t others = s.batch * p.strips;
-  while (block > line && ceil_div(p.vectors, block) * others < kItems / 2) block /= 2;
+  const int64_t others = s.batch * p.strips, most_bands = std::max(s.out_h / kBandRows, 1);
+  int64_t block = longest, least = kChunkLines * line, wanted = kItems / 4;
+  if (rings > 0) {
+    const int64_t ring_bytes =
+        rings * vector_bytes *
+        (int64_t{s.kernel} * (p.strip_cols * s.stride + s.kernel) + p.strip_cols);
+    block = std::clamp<int64_t>(kL1Bytes / ring_bytes, kChunkLines * line, 8);
+    least = line;
+    wanted = kItems / 2 * most_bands;
+  }
+  while (block / 2 >= least && ceil_div(p.vectors, block) * others * most_bands < wanted) {
+    block /= 2;
+  }
   block = std::min<int64_t>(std::max(block, line), p.vectors);
   p.blocks = static_cast<int>(ceil_div(p.vectors, block));
   p.block_vectors = static_cast<int>(ceil_div(p.vectors, p.blocks));
   p.blocks = static_cast<int>(ceil_div(p.vectors, p.block_vectors));
 
-  const int64_t bands =
-      std::clamp<int64_t>(ceil_div(kItems, p.blocks * others), 1, std::max(s.out_h / kBandRows, 1));
+  const int64_t bands = std::clamp<int64_t>(ceil_div(kItems, p.blocks * others), 1, most_bands);
   p.band_rows = static_cast<int>(ceil_div(s.out_h, bands));
   p.bands = static_cast<int>(ceil_div(s.out_h, p.band_rows));
   p.slots = p.units(s);
+  p.prefetch_output = s.batch * s.channels * element_size *
+                          (int64_t{s.in_h} * s.in_w + int64_t{s.out_h} * s.out_w) >
+                      kCacheBytes;
   return p;
+}
+
+// Whether the convolution reads its input where it lies (Convolution::run).
+template <class Arguments>
+int forward_rings(const Arguments& a, const DepthwiseKernels& k, int64_t element_size) {
+  const bool in_place = element_size == static_cast<int64_t>(k.accumulator_size) &&
+                        a.prologue.scale == nullptr && a.shape.channels % k.lanes == 0;
+  return in_place ? 0 : 1;
+}
+
+// Before the first write to a tensor: new memory then costs a fault every 2 MiB, not every 4 KiB.
+// Only pages that lie in the tensor as a whole are asked for; it does nothing to memory in use.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  // Refused, it is slower and no worse.
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+int64_t input_bytes(const DepthwiseShape& s, int64_t element_size) {
+  return s.batch * s.channels * s.in_h * s.in_w * element_size;
+}
+
+int64_t output_bytes(const DepthwiseShape& s, int64_t element_size) {
+  return s.batch * s.channels * s.out_h * s.out_w * element_size;
 }
 
 class Memory {
@@ -139,7 +196,7 @@ class Runner {
   double threads_;
 };
 
-size_t element_size(Dtype dtype) {
+int64_t element_size(Dtype dtype) {
   switch (dtype) {
     case Dtype::float64:
       return 8;
@@ -203,7 +260,9 @@ void inference(Tensor input, Tensor weight, Tensor mean, Tensor var, OptionalTen
       input, weight, mean, var, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation,
       prologue_scale, prologue_shift, prologue_activation, output, pooled);
   const DepthwiseKernels& k = kernels_for(a.dtype);
-  const DepthwisePlan p = make_plan(a.shape, k, element_size(a.dtype), 1);
+  const int64_t size = element_size(a.dtype);
+  const DepthwisePlan p = make_plan(a.shape, k, size, forward_rings(a, k, size));
+  ask_for_huge_pages(a.output, output_bytes(a.shape, size));
   const Pool pool(a.pooled, a.shape, p, k);
   Runner(a.shape, p, k).items([&](int64_t begin, int64_t end, void* scratch) {
     k.inference(a, p, begin, end, scratch, pool.target());
@@ -220,7 +279,10 @@ void train(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor
       input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation, prologue_scale,
       prologue_shift, prologue_activation, batch_stats, conv, mean, var, output, pooled);
   const DepthwiseKernels& k = kernels_for(a.dtype);
-  DepthwisePlan p = make_plan(a.shape, k, element_size(a.dtype), 1);
+  const int64_t size = element_size(a.dtype);
+  DepthwisePlan p = make_plan(a.shape, k, size, forward_rings(a, k, size));
+  ask_for_huge_pages(a.conv, output_bytes(a.shape, size));
+  ask_for_huge_pages(a.output, output_bytes(a.shape, size));
   p.slots = std::min(p.slots, kSlots);
   const Pool pool(a.pooled, a.shape, p, k);
   const Runner run(a.shape, p, k);
@@ -254,20 +316,26 @@ void backward(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tenso
       grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
       grad_prologue_shift);
   const DepthwiseKernels& k = kernels_for(a.dtype);
-  DepthwisePlan p = make_plan(a.shape, k, element_size(a.dtype), 2);
+  const int64_t size = element_size(a.dtype);
+  DepthwisePlan sums = make_plan(a.shape, k, size, 0);
+  sums.slots = std::min(sums.slots, kSlots);
+  DepthwisePlan p = make_plan(a.shape, k, size, 2);
   p.slots = std::min(p.slots, kSlots);
-  const Runner run(a.shape, p, k);
-  const Memory partials(p.slots * gradient_rows(a.shape.kernel) * p.padded_channels() *
-                        k.accumulator_size);
-  run.items([&](int64_t begin, int64_t end, void* scratch) {
-    k.reduce(a, p, begin, end, scratch, partials.get());
+  const int64_t rows =
+      std::max(sums.slots * kBnGradientRows, p.slots * gradient_rows(a.shape.kernel));
+  const Memory partials(rows * p.padded_channels() * k.accumulator_size);
+  const Runner reduction(a.shape, sums, k);
+  reduction.items([&](int64_t begin, int64_t end, void* scratch) {
+    k.reduce(a, sums, begin, end, scratch, partials.get());
   });
-  run.blocks([&](int64_t begin, int64_t end, void*) {
+  reduction.blocks([&](int64_t begin, int64_t end, void*) {
     for (int64_t block = begin; block < end; ++block) {
-      k.merge_bn_gradients(a, p, static_cast<int>(block), partials.get());
+      k.merge_bn_gradients(a, sums, static_cast<int>(block), partials.get());
     }
   });
   if (a.grad_input == nullptr && a.grad_weight == nullptr) return;
+  if (a.grad_input != nullptr) ask_for_huge_pages(a.grad_input, input_bytes(a.shape, size));
+  const Runner run(a.shape, p, k);
   run.items([&](int64_t begin, int64_t end, void* scratch) {
     k.gradients(a, p, begin, end, scratch, partials.get());
   });

@@ -24,6 +24,7 @@ struct DepthwisePlan {
   int64_t slots;
   int tile;       // output columns computed together
   int grad_tile;  // the same for columns of the input's gradient
+  bool prefetch_output;
 
   int64_t units(const DepthwiseShape& s) const { return s.batch * bands * strips; }
   int padded_channels() const { return vectors * lanes; }

@@ -2,14 +2,15 @@
 //
 // Rows of the input are widened to float32 (through the prologue, where there is one) into a ring
 // of k rows, vector by vector: element (v, x) of a row, a vector of `lanes` channels, is at (v *
-// columns + x) * lanes, with the zero padding in place. So each input element is converted once,
-// the inner loops see aligned float32 with no borders, and a block's ring stays in L1:
+// columns + x) * lanes, with the zero padding in place. So each input element is converted once and
+// the inner loops see aligned float32 with no borders. Where there is nothing to convert, they read
+// the tensor itself. Either way the sums stay in registers until they are final:
 //
-//   input (N, H, W, C) --load_rows--> ring [k][v][x] --correlate--> row [v][x] --> BN, activation,
-//                                                                    pooled sums, --> output
+//   input (N, H, W, C) [--load_rows--> ring [k][v][x]] --correlate--> sink: BN, activation, pooled
+//                                                      sums or batch statistics --> output
 //
 // The loops over taps hold a tile of output columns in registers: each vector that is loaded meets
-// every tap that needs it.
+// every tap that needs it. In inference BN is part of the weights and of what the sums begin with.
 #pragma once
 
 #include "depthwise_conv_bn_act.h"
@@ -64,67 +65,52 @@ EFFNET_INLINE Block block_at(const DepthwiseShape& s, const DepthwisePlan& p, in
           lesser(p.lanes, s.channels - (first + vectors - 1) * p.lanes)};
 }
 
-// ---- Loops over taps. Rows are [v][columns][lanes]; weights are [v][k * k][lanes]. ----
+// ---- Loops over taps. Weights are [v][k * k][lanes]. ----
 
-// out[x] = sum over i, j of rows[i][x * stride + j] * w[i][j], i in [lo, hi).
-template <class S, int K, int Stride, int Tile>
-void correlate(typename S::Scalar* out, int out_columns, const typename S::Scalar* const* rows,
-               int lo, int hi, int columns, const typename S::Scalar* weights, int vectors) {
+// What one row of results reads: rows of the tensor itself or of a ring. Vector v of column c of
+// row i is at rows[i] + v * pitch + c * step, and is zero where c is outside [0, width).
+template <class S>
+struct Window {
+  using F = typename S::Scalar;
+  const F* rows[kMaxKernel];
+  int lo, hi;  // rows of the kernel that meet the input
+  int64_t pitch, step;
+  int origin;  // the column that tap 0 of the first result meets
+  int width;
+  // What the next row of results will read first, from the column of its first result on; null
+  // where there is nothing to prefetch.
+  const F* ahead[2];
+};
+
+// Tile results from column x on: sum over i, j of rows[i][x * stride + j] * w[i][j], to the sink.
+template <class S, int K, int Stride, int Tile, bool Checked, class Sink>
+EFFNET_INLINE void correlate_tile(const Window<S>& window, const typename S::Scalar* weights,
+                                  typename S::V start, int x, int v, const Sink& sink) {
   using V = typename S::V;
-  constexpr int L = S::lanes;
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t base = int64_t{v} * columns * L;
-    for (int x = 0; x < out_columns; x += Tile) {
-      V sum[Tile];
+  constexpr int L = S::lanes, PerLine = L >= 16 ? 1 : 16 / L;
+  const int first = window.origin + x * Stride;
+  const int64_t offset = v * window.pitch + first * window.step;
+  if (v % PerLine == 0) {
+    EFFNET_UNROLL
+    for (int i = 0; i < Stride; ++i) {
+      if (window.ahead[i] == nullptr) continue;
+      const auto* next = window.ahead[i] + (v * window.pitch + x * Stride * window.step);
       EFFNET_UNROLL
-      for (int t = 0; t < Tile; ++t) sum[t] = S::set(0.f);
-      for (int i = lo; i < hi; ++i) {
-        const auto* w = weights + (v * K + i) * K * L;
-        const auto* in = rows[i] + base + int64_t{x} * Stride * L;
-        V tap[K];
-        EFFNET_UNROLL
-        for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
-        EFFNET_UNROLL
-        for (int q = 0; q < (Tile - 1) * Stride + K; ++q) {
-          const V value = S::load_once(in + q * L);
-          EFFNET_UNROLL
-          for (int j = 0; j < K; ++j) {
-            const int t = q - j;
-            if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
-              sum[t / Stride] = S::fma(value, tap[j], sum[t / Stride]);
-            }
-          }
-        }
-      }
-      auto* to = out + (int64_t{v} * out_columns + x) * L;
-      EFFNET_UNROLL
-      for (int t = 0; t < Tile; ++t) S::store(to + t * L, sum[t]);
+      for (int q = 0; q < Tile * Stride; ++q) prefetch(next + q * window.step);
     }
   }
-}
-
-// One tile of the above straight from the tensor: rows[i] is the tensor's row, `step` elements from
-// column to column, and tap 0 of the tile's first result meets column `first`. Checked: columns
-// outside [0, width) are padding.
-template <class S, int K, int Stride, int Tile, bool Checked>
-EFFNET_INLINE void correlate_tile_in_place(typename S::Scalar* out,
-                                           const typename S::Scalar* const* rows, int lo, int hi,
-                                           int64_t offset, int64_t step, int first, int width,
-                                           const typename S::Scalar* weights) {
-  using V = typename S::V;
-  constexpr int L = S::lanes;
   V sum[Tile];
   EFFNET_UNROLL
-  for (int t = 0; t < Tile; ++t) sum[t] = S::set(0.f);
-  for (int i = lo; i < hi; ++i) {
-    const auto* in = rows[i] + (offset + first * step);
+  for (int t = 0; t < Tile; ++t) sum[t] = start;
+  for (int i = window.lo; i < window.hi; ++i) {
+    const auto* in = window.rows[i] + offset;
     V tap[K];
     EFFNET_UNROLL
     for (int j = 0; j < K; ++j) tap[j] = S::load(weights + (i * K + j) * L);
     EFFNET_UNROLL
     for (int q = 0; q < (Tile - 1) * Stride + K; ++q) {
-      if (!Checked || static_cast<unsigned>(first + q) < static_cast<unsigned>(width)) {
-        const V value = S::load_once(in + q * step);
+      if (!Checked || static_cast<unsigned>(first + q) < static_cast<unsigned>(window.width)) {
+        const V value = S::load_once(in + q * window.step);
         EFFNET_UNROLL
         for (int j = 0; j < K; ++j) {
           const int t = q - j;
@@ -135,28 +121,62 @@ EFFNET_INLINE void correlate_tile_in_place(typename S::Scalar* out,
       }
     }
   }
-  EFFNET_UNROLL
-  for (int t = 0; t < Tile; ++t) S::store(out + t * L, sum[t]);
+  sink.template take<Tile>(sum, x, v);
 }
 
-template <class S, int K, int Stride, int Tile>
-void correlate_in_place(typename S::Scalar* out, int out_columns,
-                        const typename S::Scalar* const* rows, int lo, int hi, int64_t step,
-                        int origin, int width, const typename S::Scalar* weights, int vectors) {
+// A row of `count` results of a block, each sum beginning with its channel's `start`. Channels are
+// the inner loop: the tensor is read in the order of its memory.
+template <class S, int K, int Stride, int Tile, class Sink>
+void correlate(const Window<S>& window, const typename S::Scalar* weights,
+               const typename S::Scalar* start, int count, int vectors, const Sink& sink) {
   constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
-  for (int v = 0; v < vectors; ++v) {
-    const auto* w = weights + v * K * K * L;
-    for (int x = 0; x < out_columns; x += Tile) {
-      auto* to = out + (int64_t{v} * out_columns + x) * L;
-      const int first = origin + x * Stride;
-      if (first >= 0 && first + Columns <= width) {
-        correlate_tile_in_place<S, K, Stride, Tile, false>(to, rows, lo, hi, v * L, step, first,
-                                                           width, w);
-      } else {
-        correlate_tile_in_place<S, K, Stride, Tile, true>(to, rows, lo, hi, v * L, step, first,
-                                                          width, w);
+  for (int x = 0; x < count; x += Tile) {
+    const int first = window.origin + x * Stride;
+    if (first >= 0 && first + Columns <= window.width) {
+      for (int v = 0; v < vectors; ++v) {
+        correlate_tile<S, K, Stride, Tile, false>(window, weights + v * (K * K * L),
+                                                  S::load(start + v * L), x, v, sink);
+      }
+    } else {
+      for (int v = 0; v < vectors; ++v) {
+        correlate_tile<S, K, Stride, Tile, true>(window, weights + v * (K * K * L),
+                                                 S::load(start + v * L), x, v, sink);
       }
     }
+  }
+}
+
+template <class S, class Sink>
+using Correlate = void (*)(const Window<S>&, const typename S::Scalar*, const typename S::Scalar*,
+                           int, int, const Sink&);
+
+template <class S, class Sink, int K, int Stride>
+Correlate<S, Sink> correlate_of(int tile) {
+  switch (tile) {
+    case 4:
+      return correlate<S, K, Stride, 4, Sink>;
+    case 7:
+      return correlate<S, K, Stride, 7, Sink>;
+    default:
+      return correlate<S, K, Stride, 8, Sink>;
+  }
+}
+
+template <class S, class Sink>
+Correlate<S, Sink> correlate_for(const DepthwiseShape& s, int tile) {
+  switch (s.kernel * 10 + s.stride) {
+    case 31:
+      return correlate_of<S, Sink, 3, 1>(tile);
+    case 32:
+      return correlate_of<S, Sink, 3, 2>(tile);
+    case 51:
+      return correlate_of<S, Sink, 5, 1>(tile);
+    case 52:
+      return correlate_of<S, Sink, 5, 2>(tile);
+    case 71:
+      return correlate_of<S, Sink, 7, 1>(tile);
+    default:
+      return correlate_of<S, Sink, 7, 2>(tile);
   }
 }
 
@@ -259,18 +279,12 @@ void correlate_with_gradient(typename S::Scalar* sums, const typename S::Scalar*
 template <class S>
 struct Loops {
   using F = typename S::Scalar;
-  void (*correlate)(F*, int, const F* const*, int, int, int, const F*, int);
-  void (*correlate_in_place)(F*, int, const F* const*, int, int, int64_t, int, int, const F*, int);
   void (*transpose)(F*, int, const F* const*, const int*, int, int, const F*, int);
   void (*correlate_with_gradient)(F*, const F*, int, int, const F* const*, int, int);
 };
 
 template <class S, int K, int Stride, int Tile>
 EFFNET_INLINE void set_tile(Loops<S>& loops, const DepthwisePlan& p) {
-  if (p.tile == Tile) {
-    loops.correlate = correlate<S, K, Stride, Tile>;
-    loops.correlate_in_place = correlate_in_place<S, K, Stride, Tile>;
-  }
   if constexpr (Tile % Stride == 0) {
     if (p.grad_tile == Tile) loops.transpose = transpose<S, K, Stride, Tile>;
   }
@@ -280,8 +294,6 @@ template <class S, int K, int Stride>
 Loops<S> loops_of(const DepthwisePlan& p) {
   Loops<S> loops{};
   set_tile<S, K, Stride, 4>(loops, p);
-  set_tile<S, K, Stride, 5>(loops, p);
-  set_tile<S, K, Stride, 6>(loops, p);
   set_tile<S, K, Stride, 7>(loops, p);
   set_tile<S, K, Stride, 8>(loops, p);
   loops.correlate_with_gradient = correlate_with_gradient<S, K, Stride>;
@@ -336,18 +348,21 @@ void pack_vector(F* to, const F* from, const DepthwisePlan& p, const Block& b) {
   }
 }
 
-// weight (C, 1, k, k) -> [v][k * k][lanes], by way of float32 copies of a vector's channels.
+// weight (C, 1, k, k) -> [v][k * k][lanes], each channel times its `scale` unless that is null.
 template <class T, class F>
-void pack_weight(F* to, const T* weight, int taps, const DepthwisePlan& p, const Block& b) {
-  using S = Simd<T>;
-  F rows[S::lanes * kMaxKernel * kMaxKernel];
-  for (int v = 0; v < b.vectors; ++v, to += taps * S::lanes) {
-    const int channels = v == b.vectors - 1 ? b.last_channels : S::lanes;
-    const T* from = weight + (b.channel + int64_t{v} * S::lanes) * taps;
-    for (int i = 0; i < S::lanes * taps; ++i) {
-      rows[i] = i < channels * taps ? to_float(from[i]) : F(0);
-    }
-    for (int tap = 0; tap < taps; ++tap) S::store(to + tap * S::lanes, S::gather(rows + tap, taps));
+void pack_weight(F* to, const T* weight, const F* scale, int taps, const DepthwisePlan& p,
+                 const Block& b) {
+  constexpr int L = Simd<T>::lanes;
+  const int64_t channels = block_channels(p, b);
+  const T* from = weight + b.channel * taps;
+  for (int64_t c = 0; c < channels; ++c, from += taps) {
+    F* lane = to + (c / L * taps * L + c % L);
+    const F factor = scale == nullptr ? F(1) : scale[c];
+    for (int tap = 0; tap < taps; ++tap) lane[tap * L] = to_float(from[tap]) * factor;
+  }
+  for (int64_t c = channels; c < int64_t{b.vectors} * L; ++c) {
+    F* lane = to + (c / L * taps * L + c % L);
+    for (int tap = 0; tap < taps; ++tap) lane[tap * L] = F(0);
   }
 }
 
@@ -378,41 +393,22 @@ void pack_channels(F* to, const ChannelVector& x, F absent, const DepthwisePlan&
   for (int64_t i = channels; i < int64_t{b.vectors} * p.lanes; ++i) to[i] = F(0);
 }
 
-// A thread packs what belongs to a block when it first meets it, and keeps it for all later items.
-template <class F>
-class PackedOnce {
- public:
-  PackedOnce(Scratch<F>& scratch, const DepthwisePlan& p) : packed_(scratch.take(p.blocks)) {
-    for (int i = 0; i < p.blocks; ++i) packed_[i] = F(0);
-  }
-  EFFNET_INLINE bool first_time(const Block& b) const {
-    const bool first = packed_[b.index] == F(0);
-    packed_[b.index] = F(1);
-    return first;
-  }
-
- private:
-  F* packed_;
-};
-
-// BN: conv * scale + shift, or (conv - mean) * scale + bias. After start_block the pointers are to
-// the block's channels.
+// BN of the block's channels: conv * scale + shift, or (conv - mean) * scale + bias.
 template <class F>
 struct PackedBatchNorm {
-  F *mean, *invstd, *scale, *bias;
+  F *mean, *invstd, *scale, *bias, *shift;
 
-  static constexpr int kVectors = 4;
+  static constexpr int kVectors = 5;
 
   PackedBatchNorm(Scratch<F>& scratch, const DepthwisePlan& p)
-      : once_(scratch, p), all_(scratch.take(p.padded_channels() * kVectors)) {}
+      : mean(scratch.take(int64_t{p.block_vectors} * p.lanes * kVectors)) {}
 
   void start_block(const BatchNorm& bn, const DepthwisePlan& p, const Block& b) {
     const int64_t size = int64_t{b.vectors} * p.lanes;
-    mean = all_ + b.channel * kVectors;
     invstd = mean + size;
     scale = invstd + size;
     bias = scale + size;
-    if (!once_.first_time(b)) return;
+    shift = bias + size;
     pack_channels(mean, bn.mean, F(0), p, b);
     pack_channels(invstd, bn.var, F(1), p, b);
     pack_channels(scale, bn.weight, F(1), p, b);
@@ -423,12 +419,10 @@ struct PackedBatchNorm {
       const double inverse = 1 / std::sqrt(invstd[i] + bn.eps);
       invstd[i] = static_cast<F>(inverse);
       scale[i] = static_cast<F>(scale[i] * inverse);
+      shift[i] = static_cast<F>(bias[i] - static_cast<double>(mean[i]) * scale[i]);
     }
+    for (int64_t i = channels; i < size; ++i) shift[i] = F(0);
   }
-
- private:
-  PackedOnce<F> once_;
-  F* all_;
 };
 
 // ---- Rows of tensors. ----
@@ -508,6 +502,19 @@ EFFNET_INLINE void for_each_vector(const Block& b, int lanes, const Body& body) 
   const int whole = full ? b.vectors : b.vectors - 1;
   for (int v = 0; v < whole; ++v) body(v, Bool<false>{});
   if (!full) body(whole, Bool<true>{});
+}
+
+// Calls body(x, n) for groups [x, x + n) of [0, count); n is N, or 1 for those that are left.
+template <int Value>
+struct Int {
+  static constexpr int value = Value;
+};
+
+template <int N, class Body>
+EFFNET_INLINE void for_each_group(int count, const Body& body) {
+  int x = 0;
+  for (; x + N <= count; x += N) body(x, Int<N>{});
+  for (; x < count; ++x) body(x, Int<1>{});
 }
 
 // Calls body(x, part) for x in [0, count). Sums kept in `kParts` parts do not wait for each other's
@@ -613,6 +620,17 @@ EFFNET_INLINE void with_activation(Activation activation, const Body& body) {
   }
 }
 
+// The block's channels of `columns` columns of a row of the tensor, from `from` on: the pieces are
+// too far apart for the processor to see that they follow each other.
+template <class T>
+EFFNET_INLINE void prefetch_row(const T* from, int64_t channels, int columns, const Block& b) {
+  constexpr int Line = 64 / sizeof(T);
+  const int piece = b.vectors * Simd<T>::lanes;
+  for (int x = 0; x < columns; ++x, from += channels) {
+    for (int c = 0; c < piece; c += Line) prefetch(from + c);
+  }
+}
+
 // Column ring.columns.lo of a row of the tensor, at `from`, and those after it, into the ring.
 template <class T>
 void load_row(typename Simd<T>::Scalar* row, const T* from, int64_t channels, const Columns& c,
@@ -639,10 +657,19 @@ void load_row_through_prologue(typename Simd<T>::Scalar* row, const T* from, int
       auto* to = row + (int64_t{v} * c.count + c.lo) * S::lanes;
       const auto scale = S::load(prologue.scale + v * S::lanes);
       const auto shift = S::load(prologue.shift + v * S::lanes);
-      for (int x = c.lo; x < c.hi; ++x, in += channels, to += S::lanes) {
-        const auto value = load_channels<T, decltype(partial)::value>(in, b.last_channels);
-        S::store(to, activate<S>(decltype(act)::value, S::fma(value, scale, shift)));
-      }
+      for_each_group<4>(c.hi - c.lo, [&](int x, auto n) __attribute__((always_inline)) {
+        constexpr int N = decltype(n)::value;
+        typename S::V values[N];
+        EFFNET_UNROLL
+        for (int i = 0; i < N; ++i) {
+          const auto value =
+              load_channels<T, decltype(partial)::value>(in + (x + i) * channels, b.last_channels);
+          values[i] = S::fma(value, scale, shift);
+        }
+        activate_all<S, N>(decltype(act)::value, values);
+        EFFNET_UNROLL
+        for (int i = 0; i < N; ++i) S::store(to + (x + i) * S::lanes, values[i]);
+      });
     });
   });
 }
@@ -657,6 +684,9 @@ void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShap
     const T* from =
         input + ((u.n * s.in_h + ring.next) * s.in_w + c.origin + c.lo) * s.channels + b.channel;
     auto* row = ring.row(ring.next, b.vectors);
+    if (ring.next + 1 < s.in_h) {
+      prefetch_row(from + int64_t{s.in_w} * s.channels, s.channels, c.hi - c.lo, b);
+    }
     if (prologue.present) {
       load_row_through_prologue<T>(row, from, s.channels, c, b, prologue, activation);
     } else {
@@ -667,100 +697,120 @@ void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShap
 
 // ---- The forward convolution of a block of a unit. ----
 
-// What a thread needs for the convolution: the ring, one row of results, the packed weights and
-// prologues.
+// What a thread needs for the convolution: the ring, the packed weights and prologue of the block.
 template <class T>
 struct Convolution {
   using S = Simd<T>;
   using F = typename S::Scalar;
 
   Convolution(const DepthwiseShape& shape, const DepthwisePlan& plan, Scratch<F>& scratch)
-      : s(shape), p(plan), loops(loops_for<S>(shape, plan)), once(scratch, plan) {
+      : s(shape), p(plan) {
     const int64_t vectors = int64_t{p.block_vectors} * S::lanes;
     out_columns = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     in_columns = (out_columns - 1) * s.stride + s.kernel;
     ring.data = scratch.take(vectors * in_columns * s.kernel);
     ring.depth = s.kernel;
-    row = scratch.take(vectors * out_columns);
-    all_weights = scratch.take(int64_t{p.padded_channels()} * (s.kernel * s.kernel + 2));
+    weight = scratch.take(vectors * s.kernel * s.kernel);
+    prologue.scale = scratch.take(vectors);
+    prologue.shift = scratch.take(vectors);
   }
 
   static int64_t scratch_size(const DepthwiseShape& s, const DepthwisePlan& p) {
     const int64_t out = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     return int64_t{p.block_vectors} * S::lanes *
-               (((out - 1) * s.stride + s.kernel) * s.kernel + out) +
-           int64_t{p.padded_channels()} * (s.kernel * s.kernel + 2);
+           (((out - 1) * s.stride + s.kernel) * s.kernel + s.kernel * s.kernel + 2);
   }
 
-  void start_block(const Block& block, const T* weights, const Prologue& pro) {
+  // scale: one factor a channel of the block for the weights, or null.
+  void start_block(const Block& block, const T* weights, const F* scale, const Prologue& pro) {
     b = block;
-    const int taps = s.kernel * s.kernel;
-    const int64_t size = int64_t{b.vectors} * S::lanes;
-    weight = all_weights + b.channel * (taps + 2);
-    prologue = {weight + size * taps, weight + size * (taps + 1), pro.scale != nullptr};
+    prologue.present = pro.scale != nullptr;
     activation = pro.activation;
-    if (!once.first_time(b)) return;
-    pack_weight(weight, weights, taps, p, b);
+    pack_weight(weight, weights, scale, s.kernel * s.kernel, p, b);
     if (prologue.present) {
       pack_vector(prologue.scale, static_cast<const F*>(pro.scale), p, b);
       pack_vector(prologue.shift, static_cast<const F*>(pro.shift), p, b);
     }
   }
 
-  // Calls sink(oh) for each row of the unit, with the convolution of that row in `row`.
+  // The rows of the unit to the sink, each between start_row(oh) and end_row(). `start` is what
+  // each channel's sums begin with.
   template <class Sink>
-  EFFNET_INLINE void run(const Unit& u, const T* input, const Sink& sink) {
+  EFFNET_INLINE void run(const Unit& u, const T* input, const F* start,
+                         Correlate<S, Sink> correlate, Sink& sink) {
+    const int count = u.ow1 - u.ow0;
     const int origin = u.ow0 * s.stride - s.pad_left;
-    const int needed = (u.ow1 - u.ow0 - 1) * s.stride + s.kernel;
+    Window<S> window;
+    window.ahead[0] = window.ahead[1] = nullptr;
     // Nothing to convert and whole vectors: the ring would only be a copy.
-    const bool in_place =
-        sizeof(T) == sizeof(F) && !prologue.present && b.last_channels == S::lanes;
-    if (!in_place) {
-      ring.start(columns_of(in_columns, origin, needed, s.in_w),
+    bool in_place = false;
+    if constexpr (sizeof(T) == sizeof(F)) {
+      in_place = !prologue.present && b.last_channels == S::lanes;
+    }
+    if (in_place) {
+      window.pitch = S::lanes;
+      window.step = s.channels;
+      window.origin = origin;
+      window.width = s.in_w;
+    } else {
+      window.pitch = int64_t{in_columns} * S::lanes;
+      window.step = S::lanes;
+      window.origin = 0;
+      window.width = in_columns;
+      ring.start(columns_of(in_columns, origin, (count - 1) * s.stride + s.kernel, s.in_w),
                  greater(u.oh0 * s.stride - s.pad_top, 0), b.vectors);
     }
+    const int64_t row_size = int64_t{s.in_w} * s.channels;
     for (int oh = u.oh0; oh < u.oh1; ++oh) {
       const int top = oh * s.stride - s.pad_top;
-      const int lo = greater(-top, 0), hi = lesser(s.kernel, s.in_h - top);
-      const F* rows[kMaxKernel];
+      window.lo = greater(-top, 0);
+      window.hi = lesser(s.kernel, s.in_h - top);
       if constexpr (sizeof(T) == sizeof(F)) {
         if (in_place) {
-          for (int i = lo; i < hi; ++i) {
-            rows[i] = input + (u.n * s.in_h + top + i) * s.in_w * s.channels + b.channel;
+          const F* rows = input + u.n * s.in_h * row_size + b.channel;
+          for (int i = window.lo; i < window.hi; ++i) window.rows[i] = rows + (top + i) * row_size;
+          const int64_t more = int64_t{u.ow0} * s.stride * s.channels;
+          for (int i = 0; i < s.stride; ++i) {
+            // Beyond the last row of an image is the next image.
+            const int64_t row = u.n * s.in_h + top + s.kernel + i;
+            window.ahead[i] =
+                row < s.batch * s.in_h ? input + row * row_size + b.channel + more : nullptr;
           }
-          loops.correlate_in_place(row, out_columns, rows, lo, hi, s.channels, origin, s.in_w,
-                                   weight, b.vectors);
-          sink(oh);
-          continue;
         }
       }
-      load_rows<T>(ring, top + hi, input, s, u, b, prologue, activation);
-      for (int i = lo; i < hi; ++i) rows[i] = ring.row(top + i, b.vectors);
-      loops.correlate(row, out_columns, rows, lo, hi, in_columns, weight, b.vectors);
-      sink(oh);
+      if (!in_place) {
+        load_rows<T>(ring, top + window.hi, input, s, u, b, prologue, activation);
+        for (int i = window.lo; i < window.hi; ++i) window.rows[i] = ring.row(top + i, b.vectors);
+      }
+      sink.start_row(oh);
+      correlate(window, weight, start, count, b.vectors, sink);
+      sink.end_row();
     }
   }
 
   DepthwiseShape s;
   DepthwisePlan p;
-  Loops<S> loops;
-  PackedOnce<F> once;
-  F* all_weights;
   Block b;
   int out_columns, in_columns;
   Ring<S> ring;
-  F* row;
   F* weight;
   PackedPrologue<F> prologue;
   Activation activation;
 };
 
-// Calls body(block, slot) for items [begin, end).
+// Calls body(block, slot) for items [begin, end), block after block, so that each is packed once.
+// Threads have slots of their own and not blocks, whose pieces of memory alternate: the prefetchers
+// of one core would take the other's lines.
 template <class Body>
 EFFNET_INLINE void for_each_item(const DepthwisePlan& p, int64_t begin, int64_t end,
                                  const Body& body) {
-  for (int64_t item = begin; item < end; ++item) {
-    body(static_cast<int>(item % p.blocks), item / p.blocks);
+  const auto first_slot = [&](int64_t item, int block) {
+    return item <= block ? 0 : (item - block + p.blocks - 1) / p.blocks;
+  };
+  for (int block = 0; block < p.blocks; ++block) {
+    for (int64_t slot = first_slot(begin, block); slot < first_slot(end, block); ++slot) {
+      body(block, slot);
+    }
   }
 }
 
@@ -784,49 +834,126 @@ void store_pooled(void* pooled, const F* sums, int64_t unit, const DepthwiseShap
   for (int64_t i = 0; i < channels; ++i) to[i] = sums[i];
 }
 
+template <class S, int Tile>
+__attribute__((noinline)) void activate_in_memory(Activation activation, typename S::V (&x)[Tile]) {
+  with_activation(activation, [&](auto act) { activate_all<S, Tile>(decltype(act)::value, x); });
+}
+
+// Activates a tile: SiLU in its registers, the others out of line, or every loop over taps would
+// carry them all.
+template <class S, int Tile>
+EFFNET_INLINE void activate_tile(Activation activation, typename S::V (&x)[Tile]) {
+  if (activation == Activation::silu) {
+    activate_all<S, Tile>(Activation::silu, x);
+  } else if (activation != Activation::identity) {
+    typename S::V copy[Tile];
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) copy[t] = x[t];
+    activate_in_memory<S, Tile>(activation, copy);
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) x[t] = copy[t];
+  }
+}
+
+// Columns [x, x + Tile) of a vector, those below `count`, to a row of the tensor.
+template <class T, int Tile>
+EFFNET_INLINE void store_tile(T* to, int64_t channels, const typename Simd<T>::V (&values)[Tile],
+                              int x, int count, bool partial, int last_channels) {
+  to += x * channels;
+  if (!partial && x + Tile <= count) {
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) Simd<T>::store(to + t * channels, values[t]);
+    return;
+  }
+  EFFNET_UNROLL
+  for (int t = 0; t < Tile; ++t) {
+    if (x + t >= count) break;
+    if (partial) {
+      Simd<T>::store_partial(to + t * channels, values[t], last_channels);
+    } else {
+      Simd<T>::store(to + t * channels, values[t]);
+    }
+  }
+}
+
+// Fetches what the tile below the one at `to` will be stored over.
+template <class T, int Tile>
+EFFNET_INLINE void prefetch_tile(const T* to, const DepthwiseShape& s, int x, int v) {
+  constexpr int PerLine = 64 / (Simd<T>::lanes * sizeof(T));
+  if (PerLine > 1 && v % PerLine != 0) return;
+  to += (int64_t{s.out_w} + x) * s.channels;
+  EFFNET_UNROLL
+  for (int t = 0; t < Tile; ++t) prefetch_to_write(to + int64_t{t} * s.channels);
+}
+
+// The sum of the tile's columns below `count`, in a fixed order.
+template <class S, int Tile>
+EFFNET_INLINE typename S::V sum_of_tile(const typename S::V (&values)[Tile], int x, int count) {
+  typename S::V part[2] = {S::set(0.f), S::set(0.f)};
+  EFFNET_UNROLL
+  for (int t = 0; t < Tile; ++t) {
+    if (x + t < count) part[t % 2] = part[t % 2] + values[t];
+  }
+  return part[0] + part[1];
+}
+
+// Results of the convolution with BN folded in -> activation -> tensor, and pooled sums.
+template <class T>
+struct InferenceSink {
+  using S = Simd<T>;
+  const DepthwiseInference* a;
+  const DepthwisePlan* p;
+  const Unit* u;
+  const Block* b;
+  RowSums<S>* sums;  // or null
+  T* output;
+
+  EFFNET_INLINE void start_row(int oh) {
+    const DepthwiseShape& s = a->shape;
+    output = static_cast<T*>(a->output) + ((u->n * s.out_h + oh) * s.out_w + u->ow0) * s.channels +
+             b->channel;
+  }
+
+  template <int Tile>
+  EFFNET_INLINE void take(typename S::V (&sum)[Tile], int x, int v) const {
+    const int count = u->ow1 - u->ow0;
+    const bool partial = b->last_channels != S::lanes && v == b->vectors - 1;
+    if (p->prefetch_output) prefetch_tile<T, Tile>(output + v * S::lanes, a->shape, x, v);
+    activate_tile<S>(a->activation, sum);
+    store_tile<T>(output + v * S::lanes, a->shape.channels, sum, x, count, partial,
+                  b->last_channels);
+    if (sums != nullptr) sums->add(v, sum_of_tile<S>(sum, x, count));
+  }
+
+  EFFNET_INLINE void end_row() const {}
+};
+
 template <class T>
 void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begin, int64_t end,
                void* memory, void* pooled) {
   using S = Simd<T>;
   using F = typename S::Scalar;
-  using V = typename S::V;
-  constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
-  const int64_t channels = s.channels;
   const T* input = static_cast<const T*>(a.input);
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
   PackedBatchNorm<F> bn(scratch, p);
   RowSums<S> sums(scratch, p);
+  const auto correlate = correlate_for<S, InferenceSink<T>>(s, p.tile);
 
+  int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
-    conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
-    bn.start_block(a.bn, p, b);
+    if (block != packed) {
+      bn.start_block(a.bn, p, b);
+      conv.start_block(b, static_cast<const T*>(a.weight), bn.scale, a.prologue);
+      packed = block;
+    }
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      const int count = u.ow1 - u.ow0;
-      sums.clear(b.vectors);
-      conv.run(u, input, [&](int oh) {
-        T* output = static_cast<T*>(a.output) +
-                    ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
-        with_activation(a.activation, [&](auto act) {
-          for_each_vector(b, L, [&](int v, auto partial) {
-            const F* from = conv.row + int64_t{v} * conv.out_columns * L;
-            T* to = output + v * L;
-            const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
-            const V bias = S::load(bn.bias + v * L);
-            Parts<S> sum;
-            for_each_column(count, [&](int x, int part) {
-              const V z = S::load(from + int64_t{x} * L);
-              const V y = activate<S>(decltype(act)::value, S::fma(z - mean, scale, bias));
-              sum.part[part] = sum.part[part] + y;
-              store_channels<T, decltype(partial)::value>(to + x * channels, y, b.last_channels);
-            });
-            sums.add(v, sum.sum());
-          });
-        });
-      });
+      InferenceSink<T> sink{&a, &p, &u, &b, pooled == nullptr ? nullptr : &sums, nullptr};
+      if (pooled != nullptr) sums.clear(b.vectors);
+      conv.run(u, input, bn.shift, correlate, sink);
       if (pooled != nullptr) store_pooled(pooled, sums.data(), unit, s, p, b);
     }
   });
@@ -834,69 +961,136 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
 
 // ---- Training. ----
 
+// Results of the convolution -> tensor, and their statistics.
+template <class T>
+struct ConvolutionSink {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  using V = typename S::V;
+  static constexpr int L = S::lanes;
+
+  ConvolutionSink(const DepthwiseTraining& arguments, const DepthwisePlan& plan,
+                  Scratch<F>& scratch)
+      : a(&arguments),
+        p(&plan),
+        totals(scratch, plan),
+        squares(scratch, plan),
+        origin(scratch.take(int64_t{plan.block_vectors} * L)),
+        row_sums(scratch.take(int64_t{plan.block_vectors} * L)),
+        row_squares(scratch.take(int64_t{plan.block_vectors} * L)) {}
+
+  void start(const Block& block) {
+    b = &block;
+    total = 0;
+    totals.clear(b->vectors);
+    squares.clear(b->vectors);
+  }
+
+  EFFNET_INLINE void start_row(int oh) {
+    const DepthwiseShape& s = a->shape;
+    output = static_cast<T*>(a->conv) + ((u->n * s.out_h + oh) * s.out_w + u->ow0) * s.channels +
+             b->channel;
+    // Deviations from the mean so far: exact enough when it is far from zero.
+    const V before = S::set(total == 0 ? F(1) : F(1) / static_cast<F>(total));
+    for (int v = 0; v < b->vectors; ++v) {
+      S::store(origin + v * L, totals[v] * before);
+      S::store(row_sums + v * L, S::set(0.f));
+      S::store(row_squares + v * L, S::set(0.f));
+    }
+  }
+
+  template <int Tile>
+  EFFNET_INLINE void take(V (&sum)[Tile], int x, int v) const {
+    const int count = u->ow1 - u->ow0;
+    const bool partial = b->last_channels != L && v == b->vectors - 1;
+    // Statistics of the stored values: those of others would not normalise them.
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) sum[t] = rounded<T>(sum[t]);
+    if (p->prefetch_output) prefetch_tile<T, Tile>(output + v * L, a->shape, x, v);
+    store_tile<T>(output + v * L, a->shape.channels, sum, x, count, partial, b->last_channels);
+    if (!a->batch_stats) return;
+    V from = S::load(origin + v * L);
+    if (total == 0 && x == 0) {
+      // The first row's are from a value inside it, since the border sees zeros.
+      from = Tile / 2 < count ? sum[Tile / 2] : sum[0];
+      S::store(origin + v * L, from);
+    }
+    V sums[2] = {S::load(row_sums + v * L), S::set(0.f)};
+    V products[2] = {S::load(row_squares + v * L), S::set(0.f)};
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) {
+      if (x + t < count) {
+        const V d = sum[t] - from;
+        sums[t % 2] = sums[t % 2] + d;
+        products[t % 2] = S::fma(d, d, products[t % 2]);
+      }
+    }
+    S::store(row_sums + v * L, sums[0] + sums[1]);
+    S::store(row_squares + v * L, products[0] + products[1]);
+  }
+
+  EFFNET_INLINE void end_row() {
+    if (!a->batch_stats) return;
+    const int count = u->ow1 - u->ow0;
+    total += count;
+    const V columns = S::set(static_cast<F>(count));
+    const V inverse = S::set(F(1) / static_cast<F>(total));
+    for (int v = 0; v < b->vectors; ++v) {
+      const V from = S::load(origin + v * L), sum = S::load(row_sums + v * L);
+      const V product = from * columns;
+      // The rounding of the product, where fma is one instruction.
+      const ExactSum<S> exact(product, S::fma(from, columns, -product));
+      totals.add(v, exact);
+      totals.add(v, sum);
+      squares.add(v, S::load(row_squares + v * L) - sum * sum * inverse);
+    }
+  }
+
+  const DepthwiseTraining* a;
+  const DepthwisePlan* p;
+  const Unit* u;
+  const Block* b;
+  int64_t total;  // columns so far
+  RowSums<S> totals, squares;
+  F *origin, *row_sums, *row_squares;
+  T* output;
+};
+
 template <class T>
 void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin, int64_t end,
               void* memory, void* partials) {
   using S = Simd<T>;
   using F = typename S::Scalar;
-  using V = typename S::V;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
-  const int64_t channels = s.channels;
   const T* input = static_cast<const T*>(a.input);
   const int64_t padded = p.padded_channels();
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
-  RowSums<S> totals(scratch, p);
-  RowSums<S> squares(scratch, p);
+  ConvolutionSink<T> sink(a, p, scratch);
+  F* zeros = scratch.take(int64_t{p.block_vectors} * L);
+  clear(zeros, int64_t{p.block_vectors} * L);
+  const auto correlate = correlate_for<S, ConvolutionSink<T>>(s, p.tile);
 
+  int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
-    conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
-    int64_t total = 0;
-    totals.clear(b.vectors);
-    squares.clear(b.vectors);
+    if (block != packed) {
+      conv.start_block(b, static_cast<const T*>(a.weight), nullptr, a.prologue);
+      packed = block;
+    }
+    sink.start(b);
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      const int count = u.ow1 - u.ow0;
-      conv.run(u, input, [&](int oh) {
-        T* output = static_cast<T*>(a.conv) +
-                    ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
-        const bool start = total == 0;
-        const V before = S::set(start ? F(1) : F(1) / static_cast<F>(total));
-        total += count;
-        const V inverse = S::set(F(1) / static_cast<F>(total));
-        const V columns = S::set(static_cast<F>(-count));
-        for_each_vector(b, L, [&](int v, auto partial) {
-          const F* from = conv.row + int64_t{v} * conv.out_columns * L;
-          T* to = output + v * L;
-          // Deviations from the mean so far: exact enough when it is far from zero. The first
-          // row's are from its middle, since the border sees zeros.
-          const V origin = start ? S::load(from + int64_t{count} / 2 * L) : totals[v] * before;
-          Parts<S> products;
-          ExactSum<S> sum_z[kParts];
-          for_each_column(count, [&](int x, int part) {
-            // Statistics of the stored values: those of others would not normalise them.
-            const V z = rounded<T>(S::load(from + int64_t{x} * L));
-            store_channels<T, decltype(partial)::value>(to + x * channels, z, b.last_channels);
-            const V d = z - origin;
-            products.part[part] = S::fma(d, d, products.part[part]);
-            sum_z[part].add(z);
-          });
-          EFFNET_UNROLL
-          for (int part = 1; part < kParts; ++part) sum_z[0].add(sum_z[part]);
-          const V sum = S::fma(origin, columns, sum_z[0].sum), square = products.sum();
-          totals.add(v, sum_z[0]);
-          squares.add(v, square - sum * sum * inverse);
-        });
-      });
+      sink.u = &u;
+      conv.run(u, input, zeros, correlate, sink);
     }
     if (a.batch_stats) {
       F* to = static_cast<F*>(partials) + slot * kStatisticsRows * padded + b.channel;
       for (int64_t i = 0; i < int64_t{b.vectors} * L; ++i) {
-        to[i] = totals.data()[i];
-        to[padded + i] = totals.lost()[i];
-        to[2 * padded + i] = squares.data()[i];
+        to[i] = sink.totals.data()[i];
+        to[padded + i] = sink.totals.lost()[i];
+        to[2 * padded + i] = sink.squares.data()[i];
       }
     }
   });
@@ -955,30 +1149,41 @@ void normalize(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin
   PackedBatchNorm<F> bn(scratch, p);
   RowSums<S> sums(scratch, p);
 
+  int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
-    bn.start_block(a.bn, p, b);
+    if (block != packed) bn.start_block(a.bn, p, b);
+    packed = block;
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      const int count = u.ow1 - u.ow0;
-      sums.clear(b.vectors);
+      if (pooled != nullptr) sums.clear(b.vectors);
       for (int oh = u.oh0; oh < u.oh1; ++oh) {
-        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
+        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * channels + b.channel;
+        const T* row = static_cast<const T*>(a.conv) + offset;
+        T* output = static_cast<T*>(a.output) + offset;
+        // Channels are the inner loop: the tensors are read in the order of their memory.
         with_activation(a.activation, [&](auto act) {
-          for_each_vector(b, L, [&](int v, auto partial) {
-            constexpr bool Partial = decltype(partial)::value;
-            const T* from = static_cast<const T*>(a.conv) + offset + v * L;
-            T* to = static_cast<T*>(a.output) + offset + v * L;
-            const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
-            const V bias = S::load(bn.bias + v * L);
-            Parts<S> sum;
-            for_each_column(count, [&](int x, int part) {
-              const V z = load_channels<T, Partial>(from + x * channels, b.last_channels);
-              const V y = activate<S>(decltype(act)::value, S::fma(z - mean, scale, bias));
-              sum.part[part] = sum.part[part] + y;
-              store_channels<T, Partial>(to + x * channels, y, b.last_channels);
+          for_each_group<8>(u.ow1 - u.ow0, [&](int x, auto n) __attribute__((always_inline)) {
+            constexpr int N = decltype(n)::value;
+            for_each_vector(b, L, [&](int v, auto partial) __attribute__((always_inline)) {
+              constexpr bool Partial = decltype(partial)::value;
+              const T* from = row + x * channels + v * L;
+              T* to = output + x * channels + v * L;
+              const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
+              const V bias = S::load(bn.bias + v * L);
+              V values[N];
+              EFFNET_UNROLL
+              for (int i = 0; i < N; ++i) {
+                const V z = load_channels<T, Partial>(from + i * channels, b.last_channels);
+                values[i] = S::fma(z - mean, scale, bias);
+              }
+              activate_all<S, N>(decltype(act)::value, values);
+              EFFNET_UNROLL
+              for (int i = 0; i < N; ++i) {
+                store_channels<T, Partial>(to + i * channels, values[i], b.last_channels);
+              }
+              if (pooled != nullptr) sums.add(v, sum_of_tile<S>(values, 0, N));
             });
-            sums.add(v, sum.sum());
           });
         });
       }
@@ -1010,42 +1215,63 @@ void reduce(const DepthwiseBackward& a, const DepthwisePlan& p, int64_t begin, i
   const DepthwiseShape& s = a.shape;
   const int64_t channels = s.channels;
   const int64_t padded = p.padded_channels();
+  const int64_t size = int64_t{p.block_vectors} * L;
   Scratch<F> scratch(memory);
   PackedBatchNorm<F> bn(scratch, p);
-  F* grad_pooled = scratch.take(int64_t{p.block_vectors} * L);
+  F* grad_pooled = scratch.take(size);
+  F *row_sums = scratch.take(size), *row_products = scratch.take(size);
   RowSums<S> sums(scratch, p), products(scratch, p);
 
+  int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
     const Block b = block_at(s, p, block);
-    bn.start_block(a.bn, p, b);
+    if (block != packed) bn.start_block(a.bn, p, b);
+    packed = block;
     sums.clear(b.vectors);
     products.clear(b.vectors);
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      const int count = u.ow1 - u.ow0;
       pack_grad_pooled(grad_pooled, a, u.n, p, b);
       for (int oh = u.oh0; oh < u.oh1; ++oh) {
-        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * s.channels + b.channel;
+        const int64_t offset = ((u.n * s.out_h + oh) * s.out_w + u.ow0) * channels + b.channel;
+        const T* z_row = static_cast<const T*>(a.conv) + offset;
+        const T* g_row = static_cast<const T*>(a.grad_output) + offset;
+        clear(row_sums, int64_t{b.vectors} * L);
+        clear(row_products, int64_t{b.vectors} * L);
+        // Channels are the inner loop: the tensors are read in the order of their memory.
         with_activation(a.activation, [&](auto act) {
-          for_each_vector(b, L, [&](int v, auto partial) {
-            constexpr bool Partial = decltype(partial)::value;
-            const T* z_from = static_cast<const T*>(a.conv) + offset + v * L;
-            const T* g_from = static_cast<const T*>(a.grad_output) + offset + v * L;
-            const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
-            const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
-            Parts<S> sum, product;
-            for_each_column(count, [&](int x, int part) {
-              const int64_t at = x * channels;
-              const V d = load_channels<T, Partial>(z_from + at, b.last_channels) - mean;
-              const V g = load_channels<T, Partial>(g_from + at, b.last_channels) + more;
-              const V du = g * activate_grad<S>(decltype(act)::value, S::fma(d, scale, bias));
-              sum.part[part] = sum.part[part] + du;
-              product.part[part] = S::fma(du, d, product.part[part]);
+          for_each_group<4>(u.ow1 - u.ow0, [&](int x, auto n) __attribute__((always_inline)) {
+            constexpr int N = decltype(n)::value;
+            for_each_vector(b, L, [&](int v, auto partial) __attribute__((always_inline)) {
+              constexpr bool Partial = decltype(partial)::value;
+              const T* z_from = z_row + x * channels + v * L;
+              const T* g_from = g_row + x * channels + v * L;
+              const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
+              const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
+              V d[N], slopes[N];
+              EFFNET_UNROLL
+              for (int i = 0; i < N; ++i) {
+                d[i] = load_channels<T, Partial>(z_from + i * channels, b.last_channels) - mean;
+                slopes[i] = S::fma(d[i], scale, bias);
+              }
+              activate_grad_all<S, N>(decltype(act)::value, slopes);
+              V sum = S::load(row_sums + v * L), product = S::load(row_products + v * L);
+              EFFNET_UNROLL
+              for (int i = 0; i < N; ++i) {
+                const V g = load_channels<T, Partial>(g_from + i * channels, b.last_channels);
+                const V du = (g + more) * slopes[i];
+                sum = sum + du;
+                product = S::fma(du, d[i], product);
+              }
+              S::store(row_sums + v * L, sum);
+              S::store(row_products + v * L, product);
             });
-            sums.add(v, sum.sum());
-            products.add(v, product.sum());
           });
         });
+        for (int v = 0; v < b.vectors; ++v) {
+          sums.add(v, S::load(row_sums + v * L));
+          products.add(v, S::load(row_products + v * L));
+        }
       }
     }
     F* to = static_cast<F*>(partials) + slot * kBnGradientRows * padded + b.channel;
@@ -1127,6 +1353,7 @@ struct Gradients {
         p(plan),
         scratch(memory),
         conv(args.shape, plan, scratch),
+        loops(loops_for<S>(args.shape, plan)),
         bn(scratch, plan),
         scale_sums(scratch, plan),
         shift_sums(scratch, plan) {
@@ -1165,9 +1392,15 @@ struct Gradients {
 
   void run_dz_row(const Unit& u, int oh) {
     const Columns& c = dz.columns;
+    const int64_t channels = s.channels;
     const int64_t offset =
         ((u.n * s.out_h + oh) * s.out_w + c.origin + c.lo) * s.channels + b.channel;
     F* row = dz.row(oh, b.vectors);
+    if (oh + 1 < s.out_h) {
+      const int64_t next = offset + int64_t{s.out_w} * channels;
+      prefetch_row(static_cast<const T*>(a.conv) + next, channels, c.hi - c.lo, b);
+      prefetch_row(static_cast<const T*>(a.grad_output) + next, channels, c.hi - c.lo, b);
+    }
     with_activation(a.activation, [&](auto act) {
       for_each_vector(b, L, [&](int v, auto partial) {
         constexpr bool Partial = decltype(partial)::value;
@@ -1177,12 +1410,22 @@ struct Gradients {
         const V mean = S::load(bn.mean + v * L), scale = S::load(bn.scale + v * L);
         const V bias = S::load(bn.bias + v * L), more = S::load(grad_pooled + v * L);
         const V subtract = S::load(constant + v * L), factor = S::load(slope + v * L);
-        for (int x = c.lo; x < c.hi; ++x, z_from += s.channels, g_from += s.channels, to += L) {
-          const V d = load_channels<T, Partial>(z_from, b.last_channels) - mean;
-          const V g = load_channels<T, Partial>(g_from, b.last_channels) + more;
-          const V du = g * activate_grad<S>(decltype(act)::value, S::fma(d, scale, bias));
-          S::store(to, S::fma(du, scale, S::fma(d, -factor, -subtract)));
-        }
+        for_each_group<4>(c.hi - c.lo, [&](int x, auto n) __attribute__((always_inline)) {
+          constexpr int N = decltype(n)::value;
+          V d[N], slopes[N];
+          EFFNET_UNROLL
+          for (int i = 0; i < N; ++i) {
+            d[i] = load_channels<T, Partial>(z_from + (x + i) * channels, b.last_channels) - mean;
+            slopes[i] = S::fma(d[i], scale, bias);
+          }
+          activate_grad_all<S, N>(decltype(act)::value, slopes);
+          EFFNET_UNROLL
+          for (int i = 0; i < N; ++i) {
+            const V g = load_channels<T, Partial>(g_from + (x + i) * channels, b.last_channels);
+            const V du = (g + more) * slopes[i];
+            S::store(to + (x + i) * L, S::fma(du, scale, S::fma(d[i], -factor, -subtract)));
+          }
+        });
       });
     });
   }
@@ -1201,9 +1444,9 @@ struct Gradients {
       for (int i = 0; i < s.kernel; ++i) {
         rows[i] = i < lo || i >= hi ? zeros : conv.ring.row(top + i, b.vectors);
       }
-      conv.loops.correlate_with_gradient(
-          weight_sums, dz.row(oh, b.vectors) + int64_t{u.ow0 - dz.columns.origin} * L, dz_columns,
-          u.ow1 - u.ow0, rows, conv.in_columns, b.vectors);
+      loops.correlate_with_gradient(weight_sums,
+                                    dz.row(oh, b.vectors) + int64_t{u.ow0 - dz.columns.origin} * L,
+                                    dz_columns, u.ow1 - u.ow0, rows, conv.in_columns, b.vectors);
     }
   }
 
@@ -1269,8 +1512,8 @@ struct Gradients {
           rows[row_count] = dz.row(oh, b.vectors);
           taps[row_count++] = i;
         }
-        conv.loops.transpose(grad_row, grad_columns, rows, taps, row_count, dz_columns, conv.weight,
-                             b.vectors);
+        loops.transpose(grad_row, grad_columns, rows, taps, row_count, dz_columns, conv.weight,
+                        b.vectors);
         emit_row(u, ih, skip);
       }
     }
@@ -1282,7 +1525,7 @@ struct Gradients {
     const int64_t padded = p.padded_channels();
     for_each_item(p, begin, end, [&](int block, int64_t slot) {
       b = block_at(s, p, block);
-      conv.start_block(b, static_cast<const T*>(a.weight), a.prologue);
+      conv.start_block(b, static_cast<const T*>(a.weight), nullptr, a.prologue);
       bn.start_block(a.bn, p, b);
       pack_dz(constant, slope, bn, a, p, b);
       clear(weight_sums, int64_t{b.vectors} * L * taps);
@@ -1307,6 +1550,7 @@ struct Gradients {
   DepthwisePlan p;
   Scratch<F> scratch;
   Convolution<T> conv;
+  Loops<S> loops;
   PackedBatchNorm<F> bn;
   RowSums<S> scale_sums, shift_sums;
   Block b;
@@ -1355,8 +1599,7 @@ template <class T>
 size_t scratch_bytes(const DepthwiseShape& s, const DepthwisePlan& p) {
   using F = typename Simd<T>::Scalar;
   // Room for the pieces' rounding to cache lines, and for the per-channel values of any kernel.
-  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 16 +
-                        int64_t{p.padded_channels()} * PackedBatchNorm<F>::kVectors + 2 * p.blocks;
+  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 24;
   return static_cast<size_t>(Gradients<T>::scratch_size(s, p) + slack) * sizeof(F);
 }
 

@@ -20,6 +20,9 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+EFFNET_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+EFFNET_INLINE void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }
+
 template <class To, class From>
 EFFNET_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -77,20 +80,46 @@ struct Round<half> {
   }
 };
 
-// exp(r) = 1 + r * P(r) for |r| <= log(2) / 2: relative error 2e-9, by minimax over that interval.
-constexpr float kExp[6] = {1.f,
-                           0.4999999403953552f,
-                           0.16666431725025177f,
-                           0.04166800156235695f,
-                           0.008374171331524849f,
-                           0.0013843635097146034f};
-// log(2) in two parts: the first has few enough bits that its product with an exponent is exact.
-constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;
+// 2^f = 1 + f * P(f) for |f| <= 1/2: relative error 1.1e-7, by minimax over that interval.
+constexpr float kExp2[5] = {0.6931470036506653f, 0.24022242426872253f, 0.05550733953714371f,
+                            0.009671512991189957f, 0.001326472032815218f};
 constexpr float kLog2e = 1.44269504088896341f;
 // Adding it to a small number rounds that to an integer, found in the low bits.
 constexpr float kRound = 0x1.8p23f;
-// sigmoid(x) is 0 to float32 below the first and 1 above the second.
-constexpr float kSigmoidZero = -87.3f, kSigmoidOne = 30.f;
+// exp(-x) = 2^t is taken for t in this interval: 1 + 2^t is 1 to float32 long before its lower end,
+// and the power of its upper end, 1 with an exponent one above the largest, is infinity.
+constexpr float kExp2Low = -126.f, kExp2High = 128.f;
+
+// 1 + exp(-x) of N vectors, step by step for all of them: a chain of dependent instructions is many
+// times as long as a scheduler, which would not find the next chain behind it. NaN may become any
+// number.
+template <class S, int N>
+EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typename S::V (&x)[N]) {
+  typename S::V f[N], biased[N];
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = x[i] * S::set(-kLog2e);
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = S::max(f[i], S::set(kExp2Low));
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = S::min(f[i], S::set(kExp2High));
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) biased[i] = f[i] + S::set(kRound);
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) f[i] = f[i] - (biased[i] - S::set(kRound));
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) d[i] = S::fma(S::set(kExp2[4]), f[i], S::set(kExp2[3]));
+  EFFNET_UNROLL
+  for (int term = 2; term >= 0; --term) {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(kExp2[term]));
+  }
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(1.f));
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) d[i] = S::times_power_of_two(d[i], biased[i]);
+  EFFNET_UNROLL
+  for (int i = 0; i < N; ++i) d[i] = d[i] + S::set(1.f);
+}
 
 #if defined(EFFNET_TARGET_AVX512)
 
@@ -108,22 +137,20 @@ struct FloatSimd {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), y);
   }
 
-  // 1 / (1 + exp(-x)); the quotient by one Newton step from a 14-bit estimate.
-  static EFFNET_INLINE V sigmoid(V x) {
-    const V y = min(x, set(kSigmoidOne));
-    const V n = fma(y, set(-kLog2e), set(kRound)) - set(kRound);
-    V r = _mm512_fnmadd_ps(n, set(kLog2High), -y);
-    r = _mm512_fnmadd_ps(n, set(kLog2Low), r);
-    V p = fma(set(kExp[5]), r, set(kExp[4]));
-    p = fma(p, r, set(kExp[3]));
-    p = fma(p, r, set(kExp[2]));
-    p = fma(p, r, set(kExp[1]));
-    p = fma(p, r, set(kExp[0]));
-    p = fma(p, r, set(1.f));
-    const V d = _mm512_scalef_ps(p, n) + set(1.f);
+  // p * 2^n, biased = n + kRound.
+  static EFFNET_INLINE V times_power_of_two(V p, V biased) {
+    return _mm512_scalef_ps(p, biased - set(kRound));
+  }
+  // x / d for d >= 1 by one Newton step from a 14-bit estimate, which infinity would not survive.
+  static EFFNET_INLINE V quotient(V x, V d) {
     const V q = _mm512_rcp14_ps(d);
-    const __mmask16 nonzero = _mm512_cmp_ps_mask(x, set(kSigmoidZero), _CMP_NLE_UQ);
-    return _mm512_maskz_fmadd_ps(nonzero, q, _mm512_fnmadd_ps(d, q, set(1.f)), q);
+    const __mmask16 normal = _mm512_cmp_ps_mask(d, set(0x1p126f), _CMP_NGE_UQ);
+    return x * _mm512_maskz_fmadd_ps(normal, q, _mm512_fnmadd_ps(d, q, set(1.f)), q);
+  }
+  static EFFNET_INLINE V sigmoid(V x) {
+    V d[1];
+    one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
+    return quotient(set(1.f), d[0]);
   }
 
   static EFFNET_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -141,12 +168,6 @@ struct FloatSimd {
   static EFFNET_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x); }
   static EFFNET_INLINE void store_partial(float* p, V x, int n) {
     _mm512_mask_storeu_ps(p, first(n), x);
-  }
-
-  // p[0], p[stride], p[2 * stride], ...
-  static EFFNET_INLINE V gather(const float* p, int stride) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32(stride)), p, 4);
   }
 
   static EFFNET_INLINE V widen(half, __m256i x) { return _mm512_cvtph_ps(x); }
@@ -203,24 +224,16 @@ struct FloatSimd {
     return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ), y);
   }
 
-  static EFFNET_INLINE V sigmoid(V x) {
-    const V y = max(min(x, set(kSigmoidOne)), set(kSigmoidZero));
-    const V biased = fma(y, set(-kLog2e), set(kRound));
-    const V n = biased - set(kRound);
-    V r = _mm256_fnmadd_ps(n, set(kLog2High), -y);
-    r = _mm256_fnmadd_ps(n, set(kLog2Low), r);
-    V p = fma(set(kExp[5]), r, set(kExp[4]));
-    p = fma(p, r, set(kExp[3]));
-    p = fma(p, r, set(kExp[2]));
-    p = fma(p, r, set(kExp[1]));
-    p = fma(p, r, set(kExp[0]));
-    p = fma(p, r, set(1.f));
+  // p * 2^n, biased = n + kRound.
+  static EFFNET_INLINE V times_power_of_two(V p, V biased) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
-    const V e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
-    const V s = set(1.f) / (set(1.f) + e);
-    // The exponent's addition may have turned a NaN into a number.
-    const V nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    return _mm256_or_ps(_mm256_and_ps(_mm256_cmp_ps(x, set(kSigmoidZero), _CMP_NLE_UQ), s), nan);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  }
+  static EFFNET_INLINE V quotient(V x, V d) { return x / d; }
+  static EFFNET_INLINE V sigmoid(V x) {
+    V d[1];
+    one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
+    return _mm256_or_ps(set(1.f) / d[0], _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   }
 
   static EFFNET_INLINE __m256i first(int n) {
@@ -239,11 +252,6 @@ struct FloatSimd {
   static EFFNET_INLINE void store(float* p, V x) { _mm256_storeu_ps(p, x); }
   static EFFNET_INLINE void store_partial(float* p, V x, int n) {
     _mm256_maskstore_ps(p, first(n), x);
-  }
-
-  static EFFNET_INLINE V gather(const float* p, int stride) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32(stride)), 4);
   }
 
   static EFFNET_INLINE V widen(half, __m128i x) { return _mm256_cvtph_ps(x); }
@@ -300,21 +308,16 @@ struct FloatSimd {
   static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
   static EFFNET_INLINE V if_positive(V x, V y) { return x > set(0.f) ? y : set(0.f); }
 
-  static EFFNET_INLINE V sigmoid(V x) {
+  // p * 2^n, biased = n + kRound.
+  static EFFNET_INLINE V times_power_of_two(V p, V biased) {
     using I = int32_t __attribute__((vector_size(16)));
-    const V y = max(min(x, set(kSigmoidOne)), set(kSigmoidZero));
-    const V biased = y * set(-kLog2e) + set(kRound);
-    const V n = biased - set(kRound);
-    const V r = (-y - n * set(kLog2High)) - n * set(kLog2Low);
-    V p = fma(set(kExp[5]), r, set(kExp[4]));
-    p = fma(p, r, set(kExp[3]));
-    p = fma(p, r, set(kExp[2]));
-    p = fma(p, r, set(kExp[1]));
-    p = fma(p, r, set(kExp[0]));
-    p = fma(p, r, set(1.f));
-    const V e = (V)((I)p + ((I)biased << 23));
-    const V s = set(1.f) / (set(1.f) + e);
-    return x == x ? (x > set(kSigmoidZero) ? s : set(0.f)) : x;
+    return (V)((I)p + ((I)biased << 23));
+  }
+  static EFFNET_INLINE V quotient(V x, V d) { return x / d; }
+  static EFFNET_INLINE V sigmoid(V x) {
+    V d[1];
+    one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
+    return x == x ? set(1.f) / d[0] : x;
   }
 
   static EFFNET_INLINE V load(const float* p) {
@@ -323,9 +326,6 @@ struct FloatSimd {
     return x;
   }
   static EFFNET_INLINE V load_once(const float* p) { return load(p); }
-  static EFFNET_INLINE V gather(const float* p, int stride) {
-    return V{p[0], p[stride], p[2 * stride], p[3 * stride]};
-  }
   static EFFNET_INLINE void store(float* p, V x) { std::memcpy(p, &x, sizeof(x)); }
   template <class T>
   static EFFNET_INLINE V load(const T* p) {
@@ -363,7 +363,6 @@ struct DoubleSimd {
   static EFFNET_INLINE V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
   static EFFNET_INLINE V load(const double* p) { return *p; }
   static EFFNET_INLINE V load_once(const double* p) { return *p; }
-  static EFFNET_INLINE V gather(const double* p, int) { return *p; }
   static EFFNET_INLINE V load_partial(const double* p, int) { return *p; }
   static EFFNET_INLINE void store(double* p, V x) { *p = x; }
   static EFFNET_INLINE void store_partial(double* p, V x, int) { *p = x; }
@@ -383,6 +382,76 @@ struct SimdOf<double> {
 #endif
 template <class T>
 using Simd = typename SimdOf<T>::type;
+
+// SiLU of N vectors, as one quotient.
+template <class S, int N>
+EFFNET_INLINE void silu(typename S::V (&x)[N]) {
+  if constexpr (sizeof(typename S::Scalar) == sizeof(float)) {
+    typename S::V d[N];
+    one_plus_exp_of_negative<S, N>(d, x);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = S::quotient(x[i], d[i]);
+  } else {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = x[i] * S::sigmoid(x[i]);
+  }
+}
+
+// 1 / (1 + exp(-x)) of N vectors.
+template <class S, int N>
+EFFNET_INLINE void sigmoids(typename S::V (&x)[N]) {
+  if constexpr (sizeof(typename S::Scalar) == sizeof(float)) {
+    typename S::V d[N];
+    one_plus_exp_of_negative<S, N>(d, x);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = S::quotient(S::set(1.f), d[i]);
+  } else {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = S::sigmoid(x[i]);
+  }
+}
+
+// activate_grad() of N vectors, in place.
+template <class S, int N>
+EFFNET_INLINE void activate_grad_all(Activation activation, typename S::V (&x)[N]) {
+  if (activation == Activation::silu) {
+    // NaN comes through by way of x itself.
+    typename S::V s[N];
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) s[i] = x[i];
+    sigmoids<S, N>(s);
+    const typename S::V one = S::set(1.f);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = s[i] * S::fma(x[i], one - s[i], one);
+  } else {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = activate_grad<S>(activation, x[i]);
+  }
+}
+
+// N vectors activated in place, as many at a time as there are registers for.
+template <class S, int N>
+EFFNET_INLINE void activate_all(Activation activation, typename S::V (&x)[N]) {
+  constexpr int Group = S::registers >= 32 ? 8 : 4;
+  if (activation != Activation::silu) {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = activate<S>(activation, x[i]);
+  } else if constexpr (N <= Group) {
+    silu<S, N>(x);
+  } else {
+    typename S::V first[Group], rest[N - Group];
+    EFFNET_UNROLL
+    for (int i = 0; i < Group; ++i) first[i] = x[i];
+    EFFNET_UNROLL
+    for (int i = Group; i < N; ++i) rest[i - Group] = x[i];
+    silu<S, Group>(first);
+    activate_all<S, N - Group>(activation, rest);
+    EFFNET_UNROLL
+    for (int i = 0; i < Group; ++i) x[i] = first[i];
+    EFFNET_UNROLL
+    for (int i = Group; i < N; ++i) x[i] = rest[i - Group];
+  }
+}
 
 // x as it will be read back from a tensor of T.
 template <class T>

@@ -26,27 +26,29 @@
 #define EFFNET_ISA avx512bf16
 #define EFFNET_TARGET_AVX512
 #if defined(__clang__)
-#pragma clang attribute push(                                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2"))), \
+#pragma clang attribute push(                                                                \
+    __attribute__((                                                                          \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prfchw"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prfchw")
 #endif
 #elif defined(EFFNET_TARGET_AVX512)
 #define EFFNET_ISA avx512
 #if defined(__clang__)
-#pragma clang attribute push(                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
+#pragma clang attribute push(                                                                \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prfchw"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prfchw")
 #endif
 #elif defined(EFFNET_TARGET_AVX2)
 #define EFFNET_ISA avx2
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2,prfchw"))), \
+                             apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,bmi2")
+#pragma GCC target("avx2,fma,f16c,bmi2,prfchw")
 #endif
 #elif defined(EFFNET_TARGET_BASELINE)
 #define EFFNET_ISA baseline

@@ -287,8 +287,9 @@ def reference(
 
 def _check_weight(weight: Tensor, input: Tensor) -> None:
     checks.check_image("weight", weight)
-    channels, k = input.shape[1], weight.shape[2]
-    if tuple(weight.shape) != (channels, 1, k, k) or k not in (3, 5, 7):
+    channels, shape = input.shape[1], weight.shape
+    k = shape[2]
+    if k not in (3, 5, 7) or tuple(shape) != (channels, 1, k, k):
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) "
             "with k 3, 5 or 7, one filter a channel of input"
@@ -312,6 +313,8 @@ def _padding(
         horizontal = torch.sym_max((-(-width // stride) - 1) * stride + k - width, 0)
         top, left = vertical // 2, horizontal // 2
         pads = (top, left, vertical - top, horizontal - left)
+    elif isinstance(padding, int) and not isinstance(padding, bool):
+        pads = (padding,) * 4
     else:
         sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
         if len(sides) == 2:
@@ -320,9 +323,9 @@ def _padding(
             raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
         left, right, top, bottom = sides
         pads = (top, left, bottom, right)
-    if any(p < 0 or p >= k for p in pads):
-        raise ValueError(f"padding: got {padding!r}, expected 0 to {k - 1} on every side")
     top, left, bottom, right = pads
+    if not (0 <= top < k and 0 <= left < k and 0 <= bottom < k and 0 <= right < k):
+        raise ValueError(f"padding: got {padding!r}, expected 0 to {k - 1} on every side")
     if height + top + bottom < k or width + left + right < k:
         raise ValueError(
             f"input: got {height} x {width} pixels, expected at least {k - top - bottom} x "
