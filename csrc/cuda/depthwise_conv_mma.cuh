@@ -429,8 +429,8 @@ EFFNET_DEVICE void prologue_words(const Pixels& pixels, const Prologue& prologue
     const Floats<4> shift = load_shared<4>(pixels.constants(first + 1) + 4 * part);
     // Both pixels, channel by channel.
     Floats<8> x;
-    const Floats<4> x0 = unpack<T, 4>(slice<T, 4>(pixel0, part));
-    const Floats<4> x1 = unpack<T, 4>(slice<T, 4>(pixel1, part));
+    const Floats<4> x0 = unpack_halves<T, 4>(slice<T, 4>(pixel0, part));
+    const Floats<4> x1 = unpack_halves<T, 4>(slice<T, 4>(pixel1, part));
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       x[2 * c] = fmaf(x0[c], scale[c], shift[c]);

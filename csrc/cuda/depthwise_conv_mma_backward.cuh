@@ -79,7 +79,7 @@ struct MmaGradConv : MmaPixels<true> {
       for (int p = 0; p < 2; ++p) {
         const auto pixel = [&](int tensor) {
           const char* at = raw + (2 * tensor + p) * Sizes::kRawBytes + 8 * part;
-          return unpack<T, 4>(*reinterpret_cast<const Vector<T, 4>*>(at));
+          return unpack_halves<T, 4>(*reinterpret_cast<const Vector<T, 4>*>(at));
         };
         Floats<4> du = pixel(0);
         if (pooled != nullptr && in != 0) {
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
         const int4 segment = segment_table[s];
         if (!exists(segment)) continue;
         const int at = segment.x + 8 * half;
-        const Floats<4> dp = unpack<T, 4>(
+        const Floats<4> dp = unpack_halves<T, 4>(
             *reinterpret_cast<const Vector<T, 4>*>(result + s * kResultSegmentBytes + 8 * half));
         const Floats<4> x = load<4>(reinterpret_cast<const T*>(input + at));
         const Floats<4> dv =
