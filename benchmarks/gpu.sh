@@ -13,7 +13,7 @@ set -uo pipefail
 
 readonly PARTS=(build tests sanitize kernels models ncu)
 # Seconds; together with the start less than 10 minutes.
-declare -rA LIMITS=([build]=150 [tests]=100 [sanitize]=60 [kernels]=110 [models]=100 [ncu]=35)
+declare -rA LIMITS=([build]=140 [tests]=100 [sanitize]=40 [kernels]=170 [models]=75 [ncu]=40)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -45,7 +45,7 @@ part_build() {
 part_tests() {
   local parallel=()
   if python3 -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi
-  limited python3 -m pytest tests/ops tests/layers tests/triton -m "" -q -p no:cacheprovider \
+  limited python3 -m pytest tests/ops tests/layers -m "" -q -p no:cacheprovider --tb=short \
     -k "not on_cpu" --durations=5 "${parallel[@]}"
 }
 
@@ -64,22 +64,22 @@ part_sanitize() {
 }
 
 part_kernels() {
-  local args=(--models efficientnet_b0 --modes inference training --dtypes bfloat16 --batch 128
-    --seconds 0.3)
+  local args=(--models efficientnet_b0 --modes inference training --dtypes bfloat16 --batch 256
+    --caches warm --seconds 0.15 --only compile cuda triton)
   if [[ -n ${KERNELS_ARGS:-} ]]; then read -ra args <<<"$KERNELS_ARGS"; fi
   limited python3 benchmarks/kernels/depthwise_conv_bn_act.py --out "$OUT" "${args[@]}"
 }
 
 part_models() {
-  local args=(--models efficientnet_b0@224 --dtypes bfloat16 --batch 128 --seconds 2
-    --only eager-nchw compile cuda triton cuda+compile)
+  local args=(--models efficientnet_b0@224 --dtypes bfloat16 --batch 128 --seconds 1
+    --only compile cuda triton)
   if [[ -n ${MODELS_ARGS:-} ]]; then read -ra args <<<"$MODELS_ARGS"; fi
   limited python3 benchmarks/models/efficientnet.py --out "$OUT" "${args[@]}"
 }
 
 part_ncu() {
   need ncu || return
-  limited ncu --clock-control none --kernel-name "regex:depthwise_conv|batch_norm_act|batch_statistics" --launch-count 60 \
+  limited ncu --clock-control none --kernel-name "regex:depthwise_conv|batch_norm_act|batch_statistics|reduce_partials" --launch-count 60 \
     --section SpeedOfLight --section LaunchStats --section Occupancy --csv --page details \
     --log-file "$OUT/ncu.csv" python3 benchmarks/exercise.py model --backend cuda || return
   python3 - "$OUT/ncu.csv" <<'PYTHON'
