@@ -35,21 +35,18 @@ def cell(group: Group | None) -> str:
     return f"{group.speedups[kind]:.2f}x ({group.least[kind]:.2f}x)"
 
 
-def table(results: Results) -> list[str]:
-    """The lines of one benchmark."""
+def table(results: Results, ours: list[str]) -> list[str]:
+    """The lines of one benchmark, with a column for each of our backends in ``ours``."""
     found = list(groups(results.rows))
     lines = []
     for key in dict.fromkeys((g.model, g.batch, g.dtype, g.mode) for g in found):
         here = {g.contender: g for g in found if (g.model, g.batch, g.dtype, g.mode) == key}
-        ours = next((name for name in OURS if name in here), None)
-        if ours is None:
+        if not any(name in here for name in ours):
             continue
         model, batch, dtype, mode = key
         what = _WHAT[results.benchmark].format(model=model)
-        lines.append(
-            f"| {what} | {mode}, batch {batch}, {dtype} "
-            f"| {cell(here.get('compile'))} | **{cell(here[ours])}** |"
-        )
+        cells = [cell(here.get("compile")), *(f"**{cell(here.get(name))}**" for name in ours)]
+        lines.append(f"| {what} | {mode}, batch {batch}, {dtype} | {' | '.join(cells)} |")
     return lines
 
 
@@ -58,19 +55,25 @@ def draw() -> str:
     parts = []
     for directory in sorted(p for p in (ROOT / "benchmarks/results").iterdir() if p.is_dir()):
         runs = [read(path) for path in sorted(directory.glob("*.json"))]
-        lines = [line for run in runs if run.benchmark in _WHAT for line in table(run)]
+        runs = [run for run in runs if run.benchmark in _WHAT]
+        contenders = {row.contender for run in runs for row in run.rows}
+        ours = [name for name in OURS if name in contenders]
+        lines = [line for run in runs for line in table(run, ours)]
         if not lines:
             continue
         described = runs[0].environment
+        how = f"{described['threads']} threads"
+        if described["device_type"] == "cuda":
+            how = "replays of CUDA graphs"
         parts += [
             f"Speed-up over eager PyTorch, channels-last, on {described['device']} "
-            f"({described['threads']} threads, torch {described['torch']}): medians of interleaved "
+            f"({how}, torch {described['torch']}): medians of interleaved "
             "runs; over several shapes the geometric mean, and the smallest in brackets; `wrong` "
             "where the error from float64 is above the rule (twice eager's own, three times for "
             "gradients).",
             "",
-            "| what | how | `torch.compile` | ours |",
-            "|---|---|---|---|",
+            f"| what | how | `torch.compile` | {' | '.join(f'ours: {name}' for name in ours)} |",
+            "|---|---|---|" + "---|" * len(ours),
             *lines,
             "",
         ]

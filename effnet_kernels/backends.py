@@ -9,7 +9,8 @@ cpu       cpu      C++ SIMD, ``csrc/cpu``                      the same and floa
 eager     any      PyTorch's own ops, the reference            any floating point
 ========  =======  ==========================================  =======================
 
-A call goes to the first backend of this order that takes it. ``use_backend("triton")`` or the
+A call goes to the first backend of this order that takes it, unless its op knows another to measure
+faster on such a call. ``use_backend("triton")`` or the
 environment variable ``EFFNET_KERNELS_BACKEND=triton`` demands one: then a call it cannot take is an
 error, never a quiet detour. ``EFFNET_KERNELS_DISABLE=1`` sends everything to ``eager``.
 Where Triton's interpreter is on (``TRITON_INTERPRET=1``), ``triton`` takes CPU tensors, on demand.
@@ -139,8 +140,14 @@ def refusals(input: Tensor) -> dict[str, str | None]:
     return {name: backend.refusal(input) for name, backend in KERNEL_BACKENDS.items()}
 
 
-def select(op: str, input: Tensor) -> str:
+def select(op: str, input: Tensor, faster: str | None = None) -> str:
     """The name of the backend that runs ``op`` on ``input``.
+
+    Args:
+        op: what a message calls it.
+        input: the tensor whose device and dtype decide.
+        faster: the backend that measured fastest for such a call. It goes first, unless another is
+            demanded or it does not take the call.
 
     Raises:
         ValueError: the demanded backend does not exist.
@@ -157,6 +164,8 @@ def select(op: str, input: Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_demanded!r} was demanded, but {reason}")
         return _demanded
+    if faster is not None and KERNEL_BACKENDS[faster].refusal(input) is None:
+        return faster
     for name, backend in KERNEL_BACKENDS.items():
         # The interpreter is for tests: thousands of times slower than eager, so never a choice.
         if name == TRITON.name and input.device.type == "cpu":

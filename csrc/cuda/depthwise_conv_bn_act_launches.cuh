@@ -122,7 +122,8 @@ struct MmaLimits {
 };
 
 // Cuts an output of `height` x `width` so that as little as possible is staged twice, computed in
-// vain or waited for. fits(tiling) fills its layout and says whether there is room.
+// vain or waited for. fits(tiling) fills its layout and says whether there is room; where there is
+// none for any, as on devices with 100 KB of shared memory, the tiling has no rows.
 template <class Sizes, class Fits>
 MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, int width,
                      const MmaLimits& limits, const Fits& fits) {
@@ -170,7 +171,7 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
       }
     }
   }
-  STD_TORCH_CHECK(best.rows > 0, "no tile fits the shared memory of this device");
+  if (best.rows == 0) return best;
 
   const int64_t groups = ceil_div(s.batch, best.group_images);
   const int64_t per_group = int64_t{best.channel_blocks} * best.bands;
@@ -195,7 +196,8 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
   return best;
 }
 
-// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements.
+// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements. `fits` is
+// whether a tiling is one that can be launched; V = 1 always fits.
 template <class T, int V, int K, int S>
 struct Forward {
   static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels;
@@ -212,6 +214,11 @@ struct Forward {
       return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,
                                                         s.out_w);
     }
+  }
+
+  static bool fits(const Tiling& tiling) {
+    if constexpr (kMma) return tiling.rows > 0;
+    return true;
   }
 
   static void launch(const Device& device, const ForwardArguments<T, Tiling>& f) {
@@ -254,6 +261,11 @@ struct Backward {
     }
   }
 
+  static bool fits(const Tiling& tiling) {
+    if constexpr (kMma) return tiling.rows > 0;
+    return true;
+  }
+
   static void launch(const Device& device, const BackwardArguments<T, Tiling>& b) {
     const int64_t blocks = block_count(b.tiling);
     if constexpr (kMma) {
@@ -269,6 +281,18 @@ struct Backward {
 
 // Cuts (groups, rows, channels) into blocks for the kernels of batch_norm_act.cuh: as many as run
 // at a time, so that each computes its channels' constants and adds up its row lanes but once.
+// Calls body(Kernel{}, tiling) for Kernel<T, V, K, S>, or for Kernel<T, 1, K, S> where that does
+// not fit the device.
+template <template <class, int, int, int> class Kernel, class T, int V, int K, int S, class Body>
+void for_kernel(const Device& device, const DepthwiseShape& s, const Body& body) {
+  const auto tiling = Kernel<T, V, K, S>::tiling(device, s);
+  if (Kernel<T, V, K, S>::fits(tiling)) {
+    body(Kernel<T, V, K, S>{}, tiling);
+  } else {
+    body(Kernel<T, 1, K, S>{}, Kernel<T, 1, K, S>::tiling(device, s));
+  }
+}
+
 template <int V>
 RowTiling row_tiling(const Device& device, int64_t groups, int64_t rows, int channels) {
   RowTiling tiling;
@@ -335,29 +359,32 @@ void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& 
   const DepthwiseShape& s = a.shape;
   for_vector<T>(s.channels, {a.input, a.output}, [&](auto vector) {
     for_window(s, [&](auto kernel, auto step) {
-      using Kernel = Forward<T, vector(), kernel(), step()>;
-      ForwardArguments<T, typename Kernel::Tiling> f{};
-      f.shape = s;
-      f.tiling = Kernel::tiling(device, s);
-      f.input = static_cast<const T*>(a.input);
-      f.weight = static_cast<const T*>(a.weight);
-      f.prologue = a.prologue;
-      f.bn = a.bn;
-      f.activation = a.activation;
-      f.output = static_cast<T*>(a.output);
-      f.pooled = static_cast<float*>(a.pooled);
-      const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
-      const bool reduced = a.pooled != nullptr && parts > 1;
-      OptionalTensor partial;
-      if (reduced) {
-        partial = workspace(like, s.batch * parts * s.channels);
-        f.pooled = floats(*partial);
-      }
-      Kernel::launch(device, f);
-      if (reduced) {
-        reduce_partials(device, f.pooled, s.batch, parts, s.channels, s.channels, 1,
-                        static_cast<float*>(a.pooled));
-      }
+      for_kernel<Forward, T, vector(), kernel(), step()>(
+          device, s, [&](auto launch, const auto& tiling) {
+            using Kernel = decltype(launch);
+            ForwardArguments<T, typename Kernel::Tiling> f{};
+            f.shape = s;
+            f.tiling = tiling;
+            f.input = static_cast<const T*>(a.input);
+            f.weight = static_cast<const T*>(a.weight);
+            f.prologue = a.prologue;
+            f.bn = a.bn;
+            f.activation = a.activation;
+            f.output = static_cast<T*>(a.output);
+            f.pooled = static_cast<float*>(a.pooled);
+            const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
+            const bool reduced = a.pooled != nullptr && parts > 1;
+            OptionalTensor partial;
+            if (reduced) {
+              partial = workspace(like, s.batch * parts * s.channels);
+              f.pooled = floats(*partial);
+            }
+            Kernel::launch(device, f);
+            if (reduced) {
+              reduce_partials(device, f.pooled, s.batch, parts, s.channels, s.channels, 1,
+                              static_cast<float*>(a.pooled));
+            }
+          });
     });
   });
 }
@@ -369,29 +396,31 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
   for_vector<T>(s.channels, {a.input, a.conv, a.output}, [&](auto vector) {
     constexpr int V = vector();
     for_window(s, [&](auto kernel, auto step) {
-      using Kernel = Forward<T, V, kernel(), step()>;
-      ForwardArguments<T, typename Kernel::Tiling> f{};
-      f.shape = s;
-      f.tiling = Kernel::tiling(device, s);
-      f.input = static_cast<const T*>(a.input);
-      f.weight = static_cast<const T*>(a.weight);
-      f.prologue = a.prologue;
-      f.training = true;
-      f.output = static_cast<T*>(a.conv);
-      const int64_t slots = slot_count(f.tiling);
-      OptionalTensor partial;
-      if (a.batch_stats) {
-        partial = workspace(like, 3 * slots * s.channels, ScalarType::Double);
-        f.moments = static_cast<double*>(partial->mutable_data_ptr());
-      }
-      Kernel::launch(device, f);
-      if (a.batch_stats) {
-        STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial statistics");
-        device.launch(batch_statistics_kernel, ceil_div(s.channels, kStatisticsChannels),
-                      kStatisticsThreads, kStatisticsSharedBytes, f.moments,
-                      static_cast<int>(slots), s.channels, static_cast<float*>(a.batch_mean),
-                      static_cast<float*>(a.batch_var));
-      }
+      for_kernel<Forward, T, V, kernel(), step()>(device, s, [&](auto launch, const auto& tiling) {
+        using Kernel = decltype(launch);
+        ForwardArguments<T, typename Kernel::Tiling> f{};
+        f.shape = s;
+        f.tiling = tiling;
+        f.input = static_cast<const T*>(a.input);
+        f.weight = static_cast<const T*>(a.weight);
+        f.prologue = a.prologue;
+        f.training = true;
+        f.output = static_cast<T*>(a.conv);
+        const int64_t slots = slot_count(f.tiling);
+        OptionalTensor partial;
+        if (a.batch_stats) {
+          partial = workspace(like, 3 * slots * s.channels, ScalarType::Double);
+          f.moments = static_cast<double*>(partial->mutable_data_ptr());
+        }
+        Kernel::launch(device, f);
+        if (a.batch_stats) {
+          STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial statistics");
+          device.launch(batch_statistics_kernel, ceil_div(s.channels, kStatisticsChannels),
+                        kStatisticsThreads, kStatisticsSharedBytes, f.moments,
+                        static_cast<int>(slots), s.channels, static_cast<float*>(a.batch_mean),
+                        static_cast<float*>(a.batch_var));
+        }
+      });
     });
 
     const int64_t image = int64_t{s.out_h} * s.out_w;
@@ -441,39 +470,41 @@ void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& li
     // Pass two: grad_conv, and from it the other gradients.
     for_window(s, [&](auto kernel, auto step) {
       constexpr int K = kernel(), S = step();
-      using Kernel = Backward<T, V, K, S>;
-      BackwardArguments<T, typename Kernel::Tiling> b{};
-      b.shape = s;
-      b.tiling = Kernel::tiling(device, s);
-      b.grad_output = static_cast<const T*>(a.grad_output);
-      b.grad_pooled = static_cast<const float*>(a.grad_pooled);
-      b.conv = static_cast<const T*>(a.conv);
-      b.bn = a.bn;
-      b.activation = a.activation;
-      if (a.batch_stats) {
-        b.grad_bn_weight = static_cast<const float*>(a.grad_bn_weight);
-        b.grad_bn_bias = static_cast<const float*>(a.grad_bn_bias);
-      }
-      b.input = static_cast<const T*>(a.input);
-      b.weight = static_cast<const T*>(a.weight);
-      b.prologue = a.prologue;
-      b.grad_input = static_cast<T*>(a.grad_input);
-      const int64_t slots = slot_count(b.tiling);
-      const int64_t taps = a.grad_weight != nullptr ? K * K : 0;
-      const int64_t vectors = a.grad_prologue_scale != nullptr ? 2 : 0;
-      const Tensor partial = workspace(like, (taps + vectors) * slots * s.channels);
-      if (taps > 0) b.partial_weight = floats(partial);
-      if (vectors > 0) b.partial_prologue = floats(partial) + taps * slots * s.channels;
-      Kernel::launch(device, b);
-      if (taps > 0) {
-        reduce_partials(device, b.partial_weight, taps, slots, s.channels, 1, K * K,
-                        static_cast<T*>(a.grad_weight));
-      }
-      if (vectors > 0) {
-        reduce_partials(device, b.partial_prologue, vectors, slots, s.channels, 0, 1,
-                        static_cast<float*>(a.grad_prologue_scale),
-                        static_cast<float*>(a.grad_prologue_shift));
-      }
+      for_kernel<Backward, T, V, K, S>(device, s, [&](auto launch, const auto& tiling) {
+        using Kernel = decltype(launch);
+        BackwardArguments<T, typename Kernel::Tiling> b{};
+        b.shape = s;
+        b.tiling = tiling;
+        b.grad_output = static_cast<const T*>(a.grad_output);
+        b.grad_pooled = static_cast<const float*>(a.grad_pooled);
+        b.conv = static_cast<const T*>(a.conv);
+        b.bn = a.bn;
+        b.activation = a.activation;
+        if (a.batch_stats) {
+          b.grad_bn_weight = static_cast<const float*>(a.grad_bn_weight);
+          b.grad_bn_bias = static_cast<const float*>(a.grad_bn_bias);
+        }
+        b.input = static_cast<const T*>(a.input);
+        b.weight = static_cast<const T*>(a.weight);
+        b.prologue = a.prologue;
+        b.grad_input = static_cast<T*>(a.grad_input);
+        const int64_t slots = slot_count(b.tiling);
+        const int64_t taps = a.grad_weight != nullptr ? K * K : 0;
+        const int64_t vectors = a.grad_prologue_scale != nullptr ? 2 : 0;
+        const Tensor partial = workspace(like, (taps + vectors) * slots * s.channels);
+        if (taps > 0) b.partial_weight = floats(partial);
+        if (vectors > 0) b.partial_prologue = floats(partial) + taps * slots * s.channels;
+        Kernel::launch(device, b);
+        if (taps > 0) {
+          reduce_partials(device, b.partial_weight, taps, slots, s.channels, 1, K * K,
+                          static_cast<T*>(a.grad_weight));
+        }
+        if (vectors > 0) {
+          reduce_partials(device, b.partial_prologue, vectors, slots, s.channels, 0, 1,
+                          static_cast<float*>(a.grad_prologue_scale),
+                          static_cast<float*>(a.grad_prologue_shift));
+        }
+      });
     });
   });
 }

@@ -8,8 +8,8 @@
 //     out[ow] += sum_k  band_i[ow, k] * x[k],      band_i[ow, k] = weight[c, i, k - S * ow]
 //
 // where x are the 16 (stride 2: 24) inputs from the first output's first tap on. Sixteen such
-// inputs rows, of any sixteen *segments*, are the operand A of mma.m16n8k16, the band matrix, 16 x
-// 8, is B, and K products over the rows of the filter finish
+// rows of inputs, of any sixteen *segments*, are the operand A of mma.m16n8k16, the band matrix, 16
+// x 8, is B, and K products over the rows of the filter finish
 //
 //     segment: 8 neighbouring outputs of one row of one channel, one row of A and of the result
 //     tile:    16 segments

@@ -90,6 +90,15 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def _command() -> str:
+    """The command line without the place of its results."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return " ".join([Path(sys.argv[0]).name, *arguments])
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything a reader of the numbers needs to know of the machine and the code."""
     # A copy of the tree that comes without its history names the commit it is of.
@@ -116,7 +125,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -69,6 +69,13 @@ def test_shapes(case: Case, dtype: torch.dtype, multiprocessors: int) -> None:
     check(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("case", CASES[2:6], ids=str)
+def test_small_shared_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices with 100 KB of shared memory run the kernels that fit them."""
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(100 * 1024))
+    check(case, torch.bfloat16, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unaligned_and_mixed(dtype: torch.dtype) -> None:
     """Tensors that begin between two 16-byte boundaries; BN vectors of different dtypes."""

@@ -456,10 +456,11 @@ void cp_async_wait_all() {
 }  // namespace cuda_emulator
 
 // Few multiprocessors make launchers give a block much work, many make them cut the work small:
-// tests ask for both.
+// tests ask for both. So it is with shared memory, of which some devices have 100 KB.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) {
-    *value = kSharedMost + 1024;
+    const char* bytes = std::getenv("CUDA_EMULATOR_SHARED_BYTES");
+    *value = bytes == nullptr ? kSharedMost + 1024 : std::atoi(bytes);
     return cudaSuccess;
   }
   const char* multiprocessors = std::getenv("CUDA_EMULATOR_MULTIPROCESSORS");

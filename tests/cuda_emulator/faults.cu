@@ -107,6 +107,16 @@ __global__ void ldmatrix_misaligned(float* x) {
   x[threadIdx.x] = r[0];
 }
 
+// What is copied asynchronously is not there before the thread waits for it.
+__global__ void missing_copy_wait(float* x) {
+  float* shared = shared_floats() + 4 * (threadIdx.x % 8);
+  const float* source = x + 4 * (threadIdx.x % 8);
+  if (threadIdx.x < 8) cuda_emulator::cp_async(shared, source, 16);
+  const float y = threadIdx.x < 8 ? *shared : 0.f;
+  __syncthreads();
+  x[blockIdx.x * blockDim.x + threadIdx.x] = y;
+}
+
 // Some rows are read before the lanes that write them have come that far.
 __global__ void missing_syncwarp(float* x) {
   shared_floats()[threadIdx.x] = 1.f;
@@ -285,6 +295,7 @@ int main(int argc, char** argv) {
                  {"ldmatrix_global", ldmatrix_global},
                  {"ldmatrix_misaligned", ldmatrix_misaligned},
                  {"missing_syncwarp", missing_syncwarp},
+                 {"missing_copy_wait", missing_copy_wait},
                  {"shuffles", shuffles, 80, kMore},
                  {"ldmatrices", ldmatrices, 32, kMore},
                  {"multiply_k16_bfloat16", multiply<__nv_bfloat16, 16>, 32, kMore},

@@ -57,6 +57,7 @@ def test_faultless_and_refused(built: tuple[Path, Path]) -> None:
     assert set(output(built[1], "correct").split()) == {"15872"}
     assert "nan" in output(built[1], "missing_barrier")
     assert "nan" in output(built[1], "missing_syncwarp")
+    assert "nan" in output(built[1], "missing_copy_wait")
     # No block, 1025 threads, more than 48 KB without asking, 64 KB on request; 228 KB: refused.
     assert output(built[1], "refused_launches") == "00011"
 
