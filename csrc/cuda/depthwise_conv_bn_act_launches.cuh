@@ -157,11 +157,10 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
         // product and 40 for what becomes of a tile's results, 150 a warp for a step's barriers,
         // 600 where a new image's rows come in several turns, the second and later ones waited for.
         const MmaLayout& l = t.layout;
-        const double staged =
-            ceil_div((l.slots + (steps - 1) * t.rows) * Sizes::kClasses, l.stride);
-        const int64_t turns = ceil_div(ceil_div(l.slots * Sizes::kClasses, l.stride), l.in_flight);
+        const double staged = ceil_div(l.slots + (steps - 1) * t.rows, l.stride);
+        const int64_t turns = ceil_div(ceil_div(l.slots, l.stride), l.in_flight);
         const double cost = ((turns - 1) * Sizes::kWarps * 600. + staged * Sizes::kWarps * 45. +
-                             l.tiles * steps * kBlockChannels * (3. * Sizes::kProducts + 40.) +
+                             l.tiles * steps * kBlockChannels * (3. * Sizes::kKernel + 40.) +
                              steps * Sizes::kWarps * 150.) *
                             t.bands / t.group_images;
         if (best.rows == 0 || cost < least) {
@@ -196,19 +195,20 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
   return best;
 }
 
-// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements. `fits` is
+// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements and stride 1,
+// where it measures faster. `fits` is
 // whether a tiling is one that can be launched; V = 1 always fits.
 template <class T, int V, int K, int S>
 struct Forward {
-  static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels;
+  static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels && S == 1;
   using Tiling = std::conditional_t<kMma, MmaTiling, DepthwiseTiling>;
 
   static Tiling tiling(const Device& device, const DepthwiseShape& s) {
     if constexpr (kMma) {
-      using Sizes = MmaSizes<K, S>;
+      using Sizes = MmaSizes<K>;
       const int bytes = device.shared_bytes(kMmaBlocks<K>);
       return mma_tiling<Sizes>(
-          device, s, s.out_h, s.out_w, {S == 1 ? 7 : 4, S == 1 ? 8 : 4, kMmaBlocks<K>},
+          device, s, s.out_h, s.out_w, {7, 8, kMmaBlocks<K>},
           [&](MmaTiling& t) { return fill_layout<Sizes>(t, s, 1, 4, 0, bytes); });
     } else {
       return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,
@@ -226,11 +226,11 @@ struct Forward {
     if constexpr (kMma) {
       const size_t bytes = f.tiling.layout.bytes;
       if (f.training) {
-        device.launch(depthwise_conv_mma_kernel<T, K, S, true>, blocks, MmaSizes<K, S>::kThreads,
-                      bytes, f);
+        device.launch(depthwise_conv_mma_kernel<T, K, true>, blocks, MmaSizes<K>::kThreads, bytes,
+                      f);
       } else {
-        device.launch(depthwise_conv_mma_kernel<T, K, S, false>, blocks, MmaSizes<K, S>::kThreads,
-                      bytes, f);
+        device.launch(depthwise_conv_mma_kernel<T, K, false>, blocks, MmaSizes<K>::kThreads, bytes,
+                      f);
       }
     } else {
       using Sizes = ForwardSizes<T, V, K, S>;

@@ -1,13 +1,15 @@
-// Depthwise convolution of 16-bit NHWC tensors on the tensor cores.
+// Depthwise convolution of 16-bit NHWC tensors on the tensor cores, with stride 1. (With stride 2 a
+// band reaches 24 inputs for eight outputs, and the kernel of depthwise_conv_bn_act.cuh is as
+// fast.)
 //
 // One output of a 5 x 5 depthwise convolution is 25 multiply-adds for 4 bytes of traffic, and at
 // the memory bandwidth of an H200 the 128 multiply-adds a cycle of a multiprocessor do not keep up.
 // The tensor cores do, although most of what they multiply is zeros. For one channel c and one row
 // i of its filter, eight neighbouring outputs are a product with a band matrix,
 //
-//     out[ow] += sum_k  band_i[ow, k] * x[k],      band_i[ow, k] = weight[c, i, k - S * ow]
+//     out[ow] += sum_k  band_i[ow, k] * x[k],      band_i[ow, k] = weight[c, i, k - ow]
 //
-// where x are the 16 (stride 2: 24) inputs from the first output's first tap on. Sixteen such
+// where x are the 16 inputs from the first output's first tap on. Sixteen such
 // rows of inputs, of any sixteen *segments*, are the operand A of mma.m16n8k16, the band matrix, 16
 // x 8, is B, and K products over the rows of the filter finish
 //
@@ -25,11 +27,11 @@
 // way. Results go through shared memory once more, to leave as 64 contiguous bytes a pixel.
 //
 // Shared memory, in bytes:
-//     ring     [4 groups of 8 channels][8 planes][S classes of rows][slots][pitch]
-//              Row g of the walk is in class g % S, slot (g / S) % slots: the rows that eight
-//              segments read are then one pitch apart, an odd number of 16-byte chunks, and no
-//              bank is hit twice. Groups are 32 bytes further apart than their planes are long, so
-//              that the four groups' words that a warp writes lie on different banks too.
+//     ring     [4 groups of 8 channels][8 planes][slots][pitch]
+//              Row g of the walk is in slot g % slots: the rows that eight segments read are one
+//              pitch apart, an odd number of 16-byte chunks, and no bank is hit twice. Groups are
+//              32 bytes further apart than their planes are long, so that the four groups' words
+//              that a warp writes lie on different banks too.
 //     results  [segments][8 columns] of 64 bytes, the vector v of a column's channels in place
 //              v ^ column / 2, so that what a warp writes is spread over the banks; segments 64
 //              bytes further
@@ -61,13 +63,12 @@ constexpr int kResultSegmentBytes = kSegmentColumns * kResultPixelBytes + 64;
 
 // A block's shared memory: extents, and in bytes pitches and offsets.
 struct MmaLayout {
-  int chunks;       // of one image in a row
-  int pairs;        // of columns in a row, all images together
-  int stride;       // rows that the threads stage at a time
-  int pitch;        // from slot to slot
-  int slots;        // of a class
-  int class_bytes;  // of a plane
-  int segments;     // of a step
+  int chunks;    // of one image in a row
+  int pairs;     // of columns in a row, all images together
+  int stride;    // rows that the threads stage at a time
+  int pitch;     // from slot to slot
+  int slots;     // rows of a plane
+  int segments;  // of a step
   int tiles;
   int pixel_bytes;
   int in_flight;  // pairs of pixels that a thread has on their way
@@ -99,22 +100,19 @@ struct MmaTiling {
   int64_t chunks;    // of `images` groups
 };
 
-// What the kernel size, the stride and the number of warps fix.
-template <int K, int S, int kWarps_ = 8>
+// What the kernel size and the number of warps fix.
+template <int K, int kWarps_ = 8>
 struct MmaSizes {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = kBlockChannels / kWarps;
   static constexpr int kRawBytes = 16 * kThreads;  // of one pixel of each thread
-  static constexpr int kChunks = S == 1 ? 2 : 3;   // that a segment reads of a row
-  static constexpr int kClasses = S;               // rows from one output's first to the next's
-  static constexpr int kSlots = (K - 1) / S + 1;   // that a segment reads
   static constexpr int kFilterBytes = kBlockChannels * K * (K + 1) * 4;
-  static constexpr int kProducts = K * S;  // of a tile of one channel
   // Room for a channel's rows: fixed, so that the planes' offsets are part of the instructions.
-  static constexpr int kPlaneBytes = S == 2 && K > 3 ? 2304 : 1440;
+  static constexpr int kPlaneBytes = 1440;
   static constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
-  static_assert(7 * S + K <= kChunks * 8, "a segment's inputs do not fit its chunks");
+  static constexpr int kKernel = K;
+  static_assert(7 + K <= 16, "the inputs of eight outputs do not fit two chunks");
 };
 
 // Where the planes of a warp's channels begin, of planes of kPlaneBytes.
@@ -143,17 +141,16 @@ bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, in
                  int extra, int most) {
   MmaLayout& l = tiling.layout;
   l.pixel_bytes = shape.channels * 2;
-  l.chunks = Sizes::kClasses * (tiling.column_blocks - 1) + Sizes::kChunks;
+  l.chunks = tiling.column_blocks + 1;
   l.pairs = tiling.group_images * l.chunks * 4;
   l.stride = Sizes::kThreads / kVectors / l.pairs;
   l.pitch = (tiling.group_images * l.chunks | 1) * kChunkBytes;
-  l.slots = tiling.rows + Sizes::kSlots - 1;
-  l.class_bytes = l.slots * l.pitch;
-  if (l.stride == 0 || Sizes::kClasses * l.class_bytes > Sizes::kPlaneBytes) return false;
+  l.slots = tiling.rows + Sizes::kKernel - 1;
+  if (l.stride == 0 || l.slots * l.pitch > Sizes::kPlaneBytes) return false;
   l.segments = tiling.group_images * tiling.rows * tiling.column_blocks;
   l.tiles = (l.segments + kTileSegments - 1) / kTileSegments;
   // All that a step stages, within reason.
-  l.in_flight = std::min((l.slots * Sizes::kClasses + l.stride - 1) / l.stride, 4);
+  l.in_flight = std::min((l.slots + l.stride - 1) / l.stride, 4);
   l.results = kVectors * Sizes::kGroupBytes;
   // Before the first results the filters lie there.
   l.raw = l.results + std::max(l.segments * kResultSegmentBytes, Sizes::kFilterBytes);
@@ -189,20 +186,20 @@ EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, i
 // tap 2q - S r + 8 h on, and of the two or three chunks no more than one reaches the filter: so
 // there is one word a row, and mask[h] is all ones where it belongs to chunk h, else zero. The
 // words stay in registers (kKept) or in shared memory, where registers are short.
-template <class Sizes, int K, int S, bool kKept>
+template <class Sizes, int K, bool kKept>
 struct Bands {
   static constexpr int kWarpChannels = Sizes::kWarpChannels;
   const uint32_t* words;
   uint32_t word[kWarpChannels][K];
-  uint32_t mask[Sizes::kChunks];
+  uint32_t mask[2];
 
   EFFNET_DEVICE Bands(const uint32_t* filters, int warp, int lane) {
-    int first = 2 * (lane % 4) - S * (lane / 4);
+    int first = 2 * (lane % 4) - lane / 4;
 #pragma unroll
-    for (int h = 0; h < Sizes::kChunks; ++h) {
+    for (int h = 0; h < 2; ++h) {
       mask[h] = first + 8 * h >= -1 && first + 8 * h < K ? 0xffffffffu : 0u;
     }
-    while (first < -1) first += 8;
+    if (first < -1) first += 8;
     words = filters + warp * kWarpChannels * K * (K + 1) + 1 + min(first, K - 1);
     if constexpr (kKept) {
 #pragma unroll
@@ -222,26 +219,20 @@ struct Bands {
 // segment r + 8, of channel e. `planes` points at this lane's chunk of its segment in the first
 // channel's plane, `first` is the slot of its first row. Channel by channel there are four sums
 // that do not wait for each other.
-template <class T, class Sizes, int K, int S, bool kKept>
+template <class T, class Sizes, int K, bool kKept>
 EFFNET_DEVICE void multiply_bands(float (&d)[Sizes::kWarpChannels][4],
-                                  const Bands<Sizes, K, S, kKept>& bands, const char* planes,
-                                  int first, int third_chunk, const MmaLayout& layout) {
-  constexpr int kPlaneBytes = Sizes::kPlaneBytes;
+                                  const Bands<Sizes, K, kKept>& bands, const char* planes,
+                                  int first, const MmaLayout& layout) {
 #pragma unroll
   for (int i = 0; i < K; ++i) {
-    int slot = first + i / S;
+    int slot = first + i;
     if (slot >= layout.slots) slot -= layout.slots;
-    const char* row = planes + slot * layout.pitch + i % S * layout.class_bytes;
+    const char* row = planes + slot * layout.pitch;
 #pragma unroll
     for (int e = 0; e < Sizes::kWarpChannels; ++e) {
       uint32_t x[4];
-      load_matrices<false>(x, row + e * kPlaneBytes);
+      load_matrices<false>(x, row + e * Sizes::kPlaneBytes);
       multiply_matrices<T>(d[e], x[0], x[1], x[2], x[3], bands(e, i, 0), bands(e, i, 1));
-      if constexpr (S == 2) {
-        uint32_t third[2];
-        load_matrices<false>(third, row + e * kPlaneBytes + third_chunk);
-        multiply_matrices<T>(d[e], third[0], third[1], bands(e, i, 2));
-      }
     }
   }
 }
@@ -276,10 +267,10 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
     // The rows to stage: all of a new image's first step, else those that the step adds.
     int origin = 0, base = 0, staged = 0, next_head = 0;
     if (more) {
-      staged = layout.slots * Sizes::kClasses;
+      staged = layout.slots;
       if (next_step > 0) {
-        origin = staged + (next_step - 1) * tiling.rows * Sizes::kClasses;
-        staged = tiling.rows * Sizes::kClasses;
+        origin = staged + (next_step - 1) * tiling.rows;
+        staged = tiling.rows;
         base = head;
         next_head = head + tiling.rows;
         if (next_head >= layout.slots) next_head -= layout.slots;
@@ -309,9 +300,9 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
       slot = raw;
 #pragma unroll 1
       for (; row < end; row += layout.stride, slot += kUnitBytes) {
-        int index = base + row / Sizes::kClasses;
+        int index = base + row;
         if (index >= layout.slots) index -= layout.slots;
-        char* word = words + row % Sizes::kClasses * layout.class_bytes + index * layout.pitch;
+        char* word = words + index * layout.pitch;
         uint32_t values[kVectorChannels];
         source.words(origin + row, slot, values);
 #pragma unroll
@@ -468,7 +459,6 @@ struct MmaInput : MmaPixels<false> {
 // pitch apart: {offset in bytes from the output's pixel of the group's first image and the step's
 // first row, columns that exist, row, image << 16 | offset of its first chunk in a row}. Those that
 // only fill a tile read what the last one reads.
-template <int S>
 EFFNET_DEVICE void fill_segments(int4* segments, const MmaTiling& tiling, int out_h, int out_w,
                                  int first_ow, int pixel_bytes) {
   const MmaLayout& layout = tiling.layout;
@@ -476,30 +466,24 @@ EFFNET_DEVICE void fill_segments(int4* segments, const MmaTiling& tiling, int ou
     const int s = min(i, layout.segments - 1);
     const int row = s % tiling.rows;
     const int g = s / tiling.rows / tiling.column_blocks;
-    int b = s / tiling.rows % tiling.column_blocks;
-    // Rows are one pitch apart, an odd number of chunks; four rows of two columns, four chunks
-    // apart, meet no bank twice either.
-    if (S == 2 && tiling.rows == 4 && b / 4 * 4 + 4 <= tiling.column_blocks) {
-      b = b / 4 * 4 + b % 2 * 2 + b % 4 / 2;
-    }
+    const int b = s / tiling.rows % tiling.column_blocks;
     const int column = kSegmentColumns * b;
     const int columns = i < layout.segments ? min(out_w - first_ow - column, kSegmentColumns) : 0;
     segments[i] = int4{((g * out_h + row) * out_w + column) * pixel_bytes, max(columns, 0), row,
-                       g << 16 | (g * layout.chunks + S * b) * kChunkBytes};
+                       g << 16 | (g * layout.chunks + b) * kChunkBytes};
   }
 }
 
-// conv[n, oh, ow, c] = sum_ij p[n, oh * S + i - pad_top, ow * S + j - pad_left, c] * weight[c, i,
-// j]
+// conv[n, oh, ow, c] = sum_ij p[n, oh + i - pad_top, ow + j - pad_left, c] * weight[c, i, j]
 //
 // with p = input or prologue_activation(input * scale + shift), rounded to T. Inference: output =
 // activate(bn(conv)), and pooled[n, segment * bands + band, c] = the sums of the block's outputs if
 // not null. Training: output = conv, and moments[(count, mean, M2), slot, c] if not null. Traffic:
 // input read once (the halo of neighbouring bands comes from L2), output written once.
-template <class T, int K, int S, bool kTraining>
+template <class T, int K, bool kTraining>
 __global__ void __launch_bounds__(256, kMmaBlocks<K>)
     depthwise_conv_mma_kernel(const __grid_constant__ ForwardArguments<T, MmaTiling> a) {
-  using Sizes = MmaSizes<K, S>;
+  using Sizes = MmaSizes<K>;
   constexpr int kWarpChannels = Sizes::kWarpChannels;
   const DepthwiseShape& shape = a.shape;
   const MmaTiling& tiling = a.tiling;
@@ -537,8 +521,8 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
         block_rows,
         block.channel};
   }
-  fill_segments<S>(segment_table, tiling, shape.out_h, shape.out_w, first_ow,
-                   shape.channels * static_cast<int>(sizeof(T)));
+  fill_segments(segment_table, tiling, shape.out_h, shape.out_w, first_ow,
+                shape.channels * static_cast<int>(sizeof(T)));
   const bool has_prologue = a.prologue.scale != nullptr;
   if (threadIdx.x < kBlockChannels) {
     const int c = block.channel + static_cast<int>(threadIdx.x);
@@ -556,11 +540,11 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
   uint32_t* filters = reinterpret_cast<uint32_t*>(results);
   fill_filters<T, K, false>(filters, a.weight, block.channel, shape.channels);
   __syncthreads();
-  const Bands<Sizes, K, S, true> bands(filters, warp, lane);
+  const Bands<Sizes, K, true> bands(filters, warp, lane);
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int vector_channel = block.channel + vector * kVectorChannels;
   MmaInput<T, Sizes> source{{shape, tiling, shared, layout.chunks, first_n, block.channel,
-                             first_oh * S - shape.pad_top, first_ow * S - shape.pad_left},
+                             first_oh - shape.pad_top, first_ow - shape.pad_left},
                             a.input,
                             a.prologue};
   NothingBeside beside;
@@ -572,7 +556,6 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
                        warp % 2 * 8;
   // The matrices that load_matrices takes: segments 0 - 7, 8 - 15 of chunk 0, the same of chunk 1.
   const int lane_chunk = (lane >> 4) * kChunkBytes;
-  const int third_chunk = 2 * kChunkBytes - lane_chunk;
 
   // Of deviations from the warp's first value of each channel (constant 2), in float32: they are of
   // 16-bit values, summed four at a time, and a lane sees too few of them for the rounding to show.
@@ -616,7 +599,7 @@ __global__ void __launch_bounds__(256, kMmaBlocks<K>)
         const char* chunk = planes + (segment.w & 0xffff) + lane_chunk;
         int first = head + segment.z;
         if (first >= layout.slots) first -= layout.slots;
-        multiply_bands<T, Sizes, K, S>(d, bands, chunk, first, third_chunk, layout);
+        multiply_bands<T, Sizes, K>(d, bands, chunk, first, layout);
         Floats<kWarpChannels> scale, shift;
         if constexpr (!kTraining) {
           const float* constant = warp_constants;

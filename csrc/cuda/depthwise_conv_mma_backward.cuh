@@ -21,7 +21,7 @@ namespace effnet::cuda {
 // One block of 16 warps a multiprocessor: two channels a warp, whose bands and sums G fit its
 // registers.
 template <int K>
-using MmaBackwardSizes = MmaSizes<K, 1, 16>;
+using MmaBackwardSizes = MmaSizes<K, 16>;
 
 // Room for a channel's x in shared memory, beside the ring.
 constexpr int kTilePlaneBytes = 1024;
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
         block_rows,
         block.channel};
   }
-  fill_segments<1>(segment_table, tiling, shape.in_h, shape.in_w, first_iw,
-                   shape.channels * static_cast<int>(sizeof(T)));
+  fill_segments(segment_table, tiling, shape.in_h, shape.in_w, first_iw,
+                shape.channels * static_cast<int>(sizeof(T)));
   const bool has_prologue = a.prologue.scale != nullptr;
   const int c = block.channel + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kBlockChannels && c < shape.channels) {
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
   uint32_t* filters = reinterpret_cast<uint32_t*>(tile_planes + tile.filters);
   fill_filters<T, K, true>(filters, a.weight, block.channel, shape.channels);
   __syncthreads();
-  const Bands<Sizes, K, 1, false> bands(filters, warp, lane);
+  const Bands<Sizes, K, false> bands(filters, warp, lane);
 
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int vector_channel = block.channel + vector * kVectorChannels;
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
         int first = head + segment.z;
         if (first >= layout.slots) first -= layout.slots;
         float d[kWarpChannels][4] = {};
-        multiply_bands<T, Sizes, K, 1>(d, bands, planes + (segment.w & 0xffff) + lane_chunk, first,
-                                       0, layout);
+        multiply_bands<T, Sizes, K>(d, bands, planes + (segment.w & 0xffff) + lane_chunk, first,
+                                    layout);
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
           char* pixel = lane_results + (t * kTileSegments + v / 2 * 8) * kResultSegmentBytes +

@@ -11,43 +11,28 @@ namespace effnet::cuda {
 // first in the lower half. Transposed: the elements (2q, r) and (2q + 1, r).
 template <bool kTransposed, int N>
 EFFNET_DEVICE void load_matrices(uint32_t (&fragment)[N], const void* row) {
-  static_assert(N == 1 || N == 2 || N == 4);
+  static_assert(N == 4 || (N == 1 && kTransposed), "other kinds are added where they are needed");
 #if defined(EFFNET_CUDA_EMULATOR)
-  if constexpr (N == 4) {
-    kTransposed ? cuda_emulator::ldmatrix_x4_trans(fragment, row)
-                : cuda_emulator::ldmatrix_x4(fragment, row);
-  } else if constexpr (N == 2) {
-    kTransposed ? cuda_emulator::ldmatrix_x2_trans(fragment, row)
-                : cuda_emulator::ldmatrix_x2(fragment, row);
+  if constexpr (N == 1) {
+    cuda_emulator::ldmatrix_x1_trans(fragment, row);
+  } else if constexpr (kTransposed) {
+    cuda_emulator::ldmatrix_x4_trans(fragment, row);
   } else {
-    kTransposed ? cuda_emulator::ldmatrix_x1_trans(fragment, row)
-                : cuda_emulator::ldmatrix_x1(fragment, row);
+    cuda_emulator::ldmatrix_x4(fragment, row);
   }
 #else
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (N == 4 && !kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+  if constexpr (N == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(fragment[0])
                  : "r"(address));
-  } else if constexpr (N == 4) {
+  } else if constexpr (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(address));
-  } else if constexpr (N == 2 && !kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(fragment[0]), "=r"(fragment[1])
-                 : "r"(address));
-  } else if constexpr (N == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(fragment[0]), "=r"(fragment[1])
-                 : "r"(address));
-  } else if constexpr (!kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-                 : "=r"(fragment[0])
-                 : "r"(address));
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(fragment[0])
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(address));
   }
 #endif
