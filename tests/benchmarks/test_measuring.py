@@ -181,9 +181,12 @@ def test_error_rule() -> None:
 
 @pytest.mark.parametrize("mode", depthwise_conv_bn_act.MODES)
 def test_depthwise_suite(mode: str) -> None:
-    """Every mode on a small shape: the peers and ours run, and ours is right."""
+    """Every mode on a small shape: the peers and ours run, and ours is right.
+
+    On a smaller one eager's largest error is now and then next to nothing.
+    """
     problem = depthwise_conv_bn_act.Problem(
-        Depthwise("efficientnet_b0", 16, 14, 5, 2), 2, torch.float32, mode
+        Depthwise("efficientnet_b0", 64, 28, 5, 2), 2, torch.float32, mode
     )
     match = depthwise_conv_bn_act.match(problem, CPU, only=["eager-nchw", "cpu"])
     rows = match.run(kinds=("warm",), seconds=0.01)
@@ -192,7 +195,7 @@ def test_depthwise_suite(mode: str) -> None:
         assert row.failed is None, row.failed
         assert not row.wrong, row
         assert row.speedups["warm"] > 0
-    x, y = 2 * 16 * 14 * 14 * 4, 2 * 16 * 7 * 7 * 4
+    x, y = 2 * 64 * 28 * 28 * 4, 2 * 64 * 14 * 14 * 4
     assert problem.bytes == (3 * x + 7 * y if mode == "training" else x + y)
     assert len(rows[2].errors) == {"training": 5, "inference+pool": 2}.get(mode, 1)
 
