@@ -192,8 +192,12 @@ def depthwise_conv_bn_act(
             "training needs more than one"
         )
 
-    grad = torch.is_grad_enabled() and checks.requires_grad(input, weight, bn_weight, bn_bias)
-    faster = None if prologue is not None else faster_backend(input, weight.shape[2], stride, grad)
+    needs_grad = torch.is_grad_enabled() and checks.requires_grad(
+        input, weight, bn_weight, bn_bias, *(prologue[:2] if prologue is not None else ())
+    )
+    faster = None
+    if prologue is None:
+        faster = faster_backend(input, weight.shape[2], stride, needs_grad)
     backend = backends.select(OP, input, faster)
     if backend == backends.EAGER:
         return reference(
@@ -212,9 +216,6 @@ def depthwise_conv_bn_act(
         scale = prologue.scale.to(_accumulator(input)).contiguous()
         shift = prologue.shift.to(_accumulator(input)).contiguous()
 
-    needs_grad = torch.is_grad_enabled() and checks.requires_grad(
-        input, weight, bn_weight, bn_bias, scale, shift
-    )
     ops = torch.ops.effnet_kernels
     if not training and not needs_grad:
         output, pooled = ops.depthwise_conv_bn_act(
