@@ -61,6 +61,10 @@ constexpr int kVectors = kBlockChannels / kVectorChannels;
 constexpr int kResultPixelBytes = kBlockChannels * 2;
 constexpr int kResultSegmentBytes = kSegmentColumns * kResultPixelBytes + 64;
 
+// From the planes of 8 channels to those of the next 8.
+template <int kPlaneBytes>
+constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
+
 // A block's shared memory: extents, and in bytes pitches and offsets.
 struct MmaLayout {
   int chunks;    // of one image in a row
@@ -110,7 +114,6 @@ struct MmaSizes {
   static constexpr int kFilterBytes = kBlockChannels * K * (K + 1) * 4;
   // Room for a channel's rows: fixed, so that the planes' offsets are part of the instructions.
   static constexpr int kPlaneBytes = 1440;
-  static constexpr int kGroupBytes = kVectorChannels * kPlaneBytes + 32;
   static constexpr int kKernel = K;
   static_assert(7 + K <= 16, "the inputs of eight outputs do not fit two chunks");
 };
@@ -119,7 +122,7 @@ struct MmaSizes {
 template <class Sizes, int kPlaneBytes>
 EFFNET_DEVICE int warp_planes(int warp) {
   const int channel = warp * Sizes::kWarpChannels;
-  return channel / kVectorChannels * (kVectorChannels * kPlaneBytes + 32) +
+  return channel / kVectorChannels * kGroupBytes<kPlaneBytes> +
          channel % kVectorChannels * kPlaneBytes;
 }
 
@@ -151,7 +154,7 @@ bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, in
   l.tiles = (l.segments + kTileSegments - 1) / kTileSegments;
   // All that a step stages, within reason.
   l.in_flight = std::min((l.slots + l.stride - 1) / l.stride, 4);
-  l.results = kVectors * Sizes::kGroupBytes;
+  l.results = kVectors * kGroupBytes<Sizes::kPlaneBytes>;
   // Before the first results the filters lie there.
   l.raw = l.results + std::max(l.segments * kResultSegmentBytes, Sizes::kFilterBytes);
   l.segment_table = l.raw + l.in_flight * tensors * 2 * Sizes::kRawBytes;
@@ -258,7 +261,7 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
   const int unit = static_cast<int>(threadIdx.x) / kVectors;
   // Threads that are left over when the pairs are dealt out stage nothing.
   const int first_row = unit < layout.stride * layout.pairs ? unit / layout.pairs : INT32_MAX / 2;
-  char* words = shared + vector * Sizes::kGroupBytes + unit % layout.pairs * 4;
+  char* words = shared + vector * kGroupBytes<Sizes::kPlaneBytes> + unit % layout.pairs * 4;
   char* raw = shared + layout.raw + threadIdx.x * 16;
 
   int group = -1, next_group = 0, step = 0, next_step = 0, head = 0;

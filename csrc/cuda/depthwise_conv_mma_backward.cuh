@@ -37,7 +37,7 @@ bool fill_tile(MmaTiling& tiling, int kernel) {
   t.pitch = (chunks | 1) * kChunkBytes;
   if (t.stride == 0 || tiling.rows * t.pitch > kTilePlaneBytes) return false;
   const int units = (tiling.rows + t.stride - 1) / t.stride;
-  t.raw = kVectors * (kVectorChannels * kTilePlaneBytes + 32);
+  t.raw = kVectors * kGroupBytes<kTilePlaneBytes>;
   t.sums = t.raw + units * 2 * Sizes::kRawBytes;
   t.filters = t.sums + Sizes::kWarps * 2 * kBlockChannels * static_cast<int>(sizeof(float));
   t.bytes = t.filters + kBlockChannels * kernel * (kernel + 1) * static_cast<int>(sizeof(uint32_t));
@@ -127,7 +127,7 @@ struct MmaInputTile : MmaPixels<false> {
     const int vector = static_cast<int>(threadIdx.x) % kVectors;
     const int pair = static_cast<int>(threadIdx.x) / kVectors % tiling.tile.pairs;
     const char* raw = planes() + tiling.tile.raw + threadIdx.x * 16;
-    char* words = planes() + vector * (kVectorChannels * kTilePlaneBytes + 32) + pair * 4;
+    char* words = planes() + vector * kGroupBytes<kTilePlaneBytes> + pair * 4;
 #pragma unroll 1
     for (int row = first_row; row < tiling.rows; row += tiling.tile.stride) {
       uint32_t values[kVectorChannels];
