@@ -11,6 +11,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 
@@ -205,6 +206,31 @@ class __attribute__((visibility("hidden"))) Checks {
   torch::stable::Device device_;
   Dtype dtype_;
 };
+
+struct OutputSize {
+  int64_t height, width;
+};
+
+// What a depthwise convolution of `input` gives. padding: top, left, bottom, right, each less than
+// the kernel.
+inline OutputSize depthwise_output_size(const char* op, const Tensor& input, const Tensor& weight,
+                                        int64_t stride, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(input.dim() == 4, op, ": input must have 4 dimensions (N, C, H, W), not ",
+                  input.dim());
+  STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must have 4 dimensions (C, 1, k, k), not ",
+                  weight.dim());
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2, not ", stride);
+  STD_TORCH_CHECK(padding.size() == 4, op, ": padding must be 4 numbers, not ", padding.size());
+  const int64_t k = weight.size(2);
+  for (const int64_t side : padding) {
+    STD_TORCH_CHECK(0 <= side && side < k, op, ": padding must be in [0, ", k - 1, "], not ", side);
+  }
+  const int64_t height = input.size(2) + padding[0] + padding[2];
+  const int64_t width = input.size(3) + padding[1] + padding[3];
+  STD_TORCH_CHECK(height >= k && width >= k, op, ": input must have ", k, " rows and columns, ",
+                  "padding included, not ", height, " and ", width);
+  return {(height - k) / stride + 1, (width - k) / stride + 1};
+}
 
 inline DepthwiseInference check_depthwise_inference(
     const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& var,

@@ -1,6 +1,7 @@
-// The schema of every C++ kernel. Each writes into tensors that the caller allocated, so that all
-// backends share one allocation (effnet_kernels/ops) and these kernels know pointers and shapes
-// only. The CPU and CUDA implementations register themselves beside their code.
+// The schema of every CUDA kernel, and what the library tells about the processor. A kernel writes
+// into tensors that the caller (effnet_kernels/ops) allocated; its implementation registers itself
+// beside its code. The CPU kernels implement the functional ops themselves, whose schemas are
+// there.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Where the C++ kernels are registered. A build that is not the package's own (the CUDA emulator of
-// the tests) gives its library another name and registers the CUDA kernels for CPU tensors.
+// Where the CUDA kernels are registered. A build that is not the package's own (the CUDA emulator
+// of the tests) gives its library another name and registers the CUDA kernels for CPU tensors.
 #pragma once
 
 #ifndef EFFNET_LIBRARY

@@ -15,8 +15,9 @@ environment variable ``EFFNET_KERNELS_BACKEND=triton`` demands one: then a call 
 error, never a quiet detour. ``EFFNET_KERNELS_DISABLE=1`` sends everything to ``eager``.
 Where Triton's interpreter is on (``TRITON_INTERPRET=1``), ``triton`` takes CPU tensors, on demand.
 
-All kernel backends implement the same functions, one set an op, with the schemas of
-``csrc/ops.cpp``: they fill tensors that ``effnet_kernels.ops`` allocated.
+``cuda`` and ``triton`` implement the same functions, one set an op, with the schemas of
+``csrc/ops.cpp``: they fill tensors that ``effnet_kernels.ops`` allocated. ``cpu`` implements the
+functional ops themselves.
 """
 
 from __future__ import annotations
@@ -66,16 +67,16 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     min_capability: tuple[int, int] = (0, 0)
 
-    def refusal(self, input: Tensor) -> str | None:
-        """Why a call on ``input`` cannot run here, or None."""
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why a call on tensors of ``dtype`` on ``device`` cannot run here, or None."""
         if self.missing is not None:
             return self.missing
-        if input.device.type not in self.devices:
-            return f"takes {' or '.join(self.devices)} tensors, not {input.device.type}"
-        if input.dtype not in self.dtypes:
-            return f"does not take {input.dtype}"
-        if input.device.type == "cuda" and self.min_capability > (0, 0):
-            capability = _capability(input.device.index)
+        if device.type not in self.devices:
+            return f"takes {' or '.join(self.devices)} tensors, not {device.type}"
+        if dtype not in self.dtypes:
+            return f"does not take {dtype}"
+        if self.min_capability > (0, 0) and device.type == "cuda":
+            capability = _capability(device.index)
             if capability < self.min_capability:
                 return (
                     f"needs compute capability {self.min_capability[0]}.{self.min_capability[1]}, "
@@ -137,7 +138,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def refusals(input: Tensor) -> dict[str, str | None]:
     """For each kernel backend, why it would not take a call on ``input`` (None where it would)."""
-    return {name: backend.refusal(input) for name, backend in KERNEL_BACKENDS.items()}
+    return {
+        name: backend.refusal(input.device, input.dtype)
+        for name, backend in KERNEL_BACKENDS.items()
+    }
 
 
 def select(op: str, input: Tensor, faster: str | None = None) -> str:
@@ -155,32 +159,33 @@ def select(op: str, input: Tensor, faster: str | None = None) -> str:
     """
     if _disabled or _demanded == EAGER:
         return EAGER
+    device, dtype = input.device, input.dtype
     if _demanded is not None:
         if _demanded not in KERNEL_BACKENDS:
             raise ValueError(
                 f"EFFNET_KERNELS_BACKEND: got {_demanded!r}, expected one of {', '.join(NAMES)}"
             )
-        reason = KERNEL_BACKENDS[_demanded].refusal(input)
+        reason = KERNEL_BACKENDS[_demanded].refusal(device, dtype)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_demanded!r} was demanded, but {reason}")
         return _demanded
-    if faster is not None and KERNEL_BACKENDS[faster].refusal(input) is None:
+    if faster is not None and KERNEL_BACKENDS[faster].refusal(device, dtype) is None:
         return faster
     for name, backend in KERNEL_BACKENDS.items():
         # The interpreter is for tests: thousands of times slower than eager, so never a choice.
-        if name == TRITON.name and input.device.type == "cpu":
+        if backend is TRITON and device.type == "cpu":
             continue
-        if backend.refusal(input) is None:
+        if backend.refusal(device, dtype) is None:
             return name
     if not torch.compiler.is_compiling():
-        _warn_eager(op, input.device.type, input.dtype)
+        _warn_eager(op, device.type, dtype)
     return EAGER
 
 
 @functools.cache
 def _warn_eager(op: str, device: str, dtype: torch.dtype) -> None:
     reasons = "; ".join(
-        f"{name}: {backend.refusal(torch.empty(0, dtype=dtype, device=device))}"
+        f"{name}: {backend.refusal(torch.device(device), dtype)}"
         for name, backend in KERNEL_BACKENDS.items()
     )
     warnings.warn(
@@ -189,7 +194,7 @@ def _warn_eager(op: str, device: str, dtype: torch.dtype) -> None:
 
 
 def kernel(backend: str, name: str) -> Callable[..., None]:
-    """Function ``name`` (an out-variant of ``csrc/ops.cpp``) of a kernel backend."""
+    """Function ``name`` (an out-variant of ``csrc/ops.cpp``) of ``cuda`` or ``triton``."""
     if backend == TRITON.name:
         function: Any = _triton_kernel(name)
     else:

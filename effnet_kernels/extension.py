@@ -1,7 +1,8 @@
 """Loads the compiled kernels, and says why where they are not there.
 
 The libraries are plain shared objects on the libtorch stable ABI, not Python modules: loading one
-registers its kernels as ``torch.ops.effnet_kernels_cpp.*``.
+registers what they implement of ``torch.ops.effnet_kernels.*`` (``ops/library.py``), and the CUDA
+kernels as ``torch.ops.effnet_kernels_cpp.*``.
 """
 
 from __future__ import annotations

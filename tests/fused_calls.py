@@ -26,5 +26,5 @@ class Calls(TorchDispatchMode):
         return sum(
             number
             for name, number in self.count.items()
-            if name.startswith("effnet_kernels::") and not name.endswith("_backward")
+            if name.startswith("effnet_kernels") and not name.endswith("_backward")
         )

@@ -3,14 +3,15 @@
 #include "depthwise_conv_bn_act.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <new>
+#include <tuple>
+#include <vector>
 
 #include "../checks.h"
-#include "../ops.h"
 #include "isa.h"
+#include "results.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -251,14 +252,7 @@ class Pool {
   Memory memory_;
 };
 
-void inference(Tensor input, Tensor weight, Tensor mean, Tensor var, OptionalTensor bn_weight,
-               OptionalTensor bn_bias, double eps, int64_t stride, int64_t pad_top,
-               int64_t pad_left, int64_t activation, OptionalTensor prologue_scale,
-               OptionalTensor prologue_shift, int64_t prologue_activation, Tensor output,
-               OptionalTensor pooled) {
-  const DepthwiseInference a = check_depthwise_inference(
-      input, weight, mean, var, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation,
-      prologue_scale, prologue_shift, prologue_activation, output, pooled);
+void run(const DepthwiseInference& a) {
   const DepthwiseKernels& k = kernels_for(a.dtype);
   const int64_t size = element_size(a.dtype);
   const DepthwisePlan p = make_plan(a.shape, k, size, forward_rings(a, k, size));
@@ -270,14 +264,7 @@ void inference(Tensor input, Tensor weight, Tensor mean, Tensor var, OptionalTen
   pool.finish();
 }
 
-void train(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor bn_bias,
-           double eps, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t activation,
-           OptionalTensor prologue_scale, OptionalTensor prologue_shift,
-           int64_t prologue_activation, bool batch_stats, Tensor conv, Tensor mean, Tensor var,
-           Tensor output, OptionalTensor pooled) {
-  const DepthwiseTraining a = check_depthwise_training(
-      input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation, prologue_scale,
-      prologue_shift, prologue_activation, batch_stats, conv, mean, var, output, pooled);
+void run(const DepthwiseTraining& a) {
   const DepthwiseKernels& k = kernels_for(a.dtype);
   const int64_t size = element_size(a.dtype);
   DepthwisePlan p = make_plan(a.shape, k, size, forward_rings(a, k, size));
@@ -285,36 +272,25 @@ void train(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor
   ask_for_huge_pages(a.output, output_bytes(a.shape, size));
   p.slots = std::min(p.slots, kSlots);
   const Pool pool(a.pooled, a.shape, p, k);
-  const Runner run(a.shape, p, k);
+  const Runner runner(a.shape, p, k);
   const Memory partials(p.slots * kStatisticsRows * p.padded_channels() * k.accumulator_size);
-  run.items([&](int64_t begin, int64_t end, void* scratch) {
+  runner.items([&](int64_t begin, int64_t end, void* scratch) {
     k.convolve(a, p, begin, end, scratch, partials.get());
   });
   if (a.batch_stats) {
-    run.blocks([&](int64_t begin, int64_t end, void*) {
+    runner.blocks([&](int64_t begin, int64_t end, void*) {
       for (int64_t block = begin; block < end; ++block) {
         k.merge_statistics(a, p, static_cast<int>(block), partials.get());
       }
     });
   }
-  run.items([&](int64_t begin, int64_t end, void* scratch) {
+  runner.items([&](int64_t begin, int64_t end, void* scratch) {
     k.normalize(a, p, begin, end, scratch, pool.target());
   });
   pool.finish();
 }
 
-void backward(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tensor mean, Tensor var,
-              OptionalTensor bn_weight, OptionalTensor bn_bias, double eps, int64_t activation,
-              bool batch_stats, Tensor input, Tensor weight, int64_t stride, int64_t pad_top,
-              int64_t pad_left, OptionalTensor prologue_scale, OptionalTensor prologue_shift,
-              int64_t prologue_activation, OptionalTensor grad_input, OptionalTensor grad_weight,
-              Tensor grad_bn_weight, Tensor grad_bn_bias, OptionalTensor grad_prologue_scale,
-              OptionalTensor grad_prologue_shift) {
-  const DepthwiseBackward a = check_depthwise_backward(
-      grad_output, grad_pooled, conv, mean, var, bn_weight, bn_bias, eps, activation, batch_stats,
-      input, weight, stride, pad_top, pad_left, prologue_scale, prologue_shift, prologue_activation,
-      grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
-      grad_prologue_shift);
+void run(const DepthwiseBackward& a) {
   const DepthwiseKernels& k = kernels_for(a.dtype);
   const int64_t size = element_size(a.dtype);
   DepthwisePlan sums = make_plan(a.shape, k, size, 0);
@@ -335,22 +311,121 @@ void backward(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tenso
   });
   if (a.grad_input == nullptr && a.grad_weight == nullptr) return;
   if (a.grad_input != nullptr) ask_for_huge_pages(a.grad_input, input_bytes(a.shape, size));
-  const Runner run(a.shape, p, k);
-  run.items([&](int64_t begin, int64_t end, void* scratch) {
+  const Runner runner(a.shape, p, k);
+  runner.items([&](int64_t begin, int64_t end, void* scratch) {
     k.gradients(a, p, begin, end, scratch, partials.get());
   });
-  run.blocks([&](int64_t begin, int64_t end, void*) {
+  runner.blocks([&](int64_t begin, int64_t end, void*) {
     for (int64_t block = begin; block < end; ++block) {
       k.merge_gradients(a, p, static_cast<int>(block), partials.get());
     }
   });
 }
 
+// ---- The functional ops (effnet_kernels/ops/depthwise_conv_bn_act.py has their schemas). ----
+
+Tensor channels_last(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// The pooled sums, or what stands for them where they are not asked for.
+Tensor empty_pooled(const Tensor& input, bool pool) {
+  return pool ? empty_sums(input, {input.size(0), input.size(1)}) : empty_sums(input, {0});
+}
+
+OptionalTensor given_if(bool wanted, const Tensor& t) {
+  return wanted ? OptionalTensor(t) : std::nullopt;
+}
+
+std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, Tensor var,
+                                     OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
+                                     int64_t stride, std::vector<int64_t> padding,
+                                     int64_t activation, OptionalTensor prologue_scale,
+                                     OptionalTensor prologue_shift, int64_t prologue_activation,
+                                     bool pool) {
+  const auto [height, width] =
+      depthwise_output_size("depthwise_conv_bn_act", image, weight, stride, padding);
+  const Tensor input = channels_last(image);
+  Tensor output = empty_image(input, input.size(0), input.size(1), height, width);
+  Tensor pooled = empty_pooled(input, pool);
+  if (output.numel() == 0) {
+    torch::stable::zero_(pooled);
+  } else {
+    run(check_depthwise_inference(input, weight, mean, var, bn_weight, bn_bias, eps, stride,
+                                  padding[0], padding[1], activation, prologue_scale,
+                                  prologue_shift, prologue_activation, output,
+                                  given_if(pool, pooled)));
+  }
+  return {output, pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train(
+    Tensor image, Tensor weight, OptionalTensor mean, OptionalTensor var, OptionalTensor bn_weight,
+    OptionalTensor bn_bias, double eps, int64_t stride, std::vector<int64_t> padding,
+    int64_t activation, OptionalTensor prologue_scale, OptionalTensor prologue_shift,
+    int64_t prologue_activation, bool pool) {
+  const auto [height, width] =
+      depthwise_output_size("depthwise_conv_bn_act_train", image, weight, stride, padding);
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(),
+                  "depthwise_conv_bn_act_train: mean and var must be given together");
+  const bool batch_stats = !mean.has_value();
+  const Tensor input = channels_last(image);
+  const int64_t n = input.size(0), c = input.size(1), statistics = batch_stats ? c : 0;
+  Tensor output = empty_image(input, n, c, height, width);
+  Tensor conv = empty_image(input, n, c, height, width);
+  Tensor pooled = empty_pooled(input, pool);
+  Tensor batch_mean = empty_sums(input, {statistics}), batch_var = empty_sums(input, {statistics});
+  if (output.numel() == 0) {
+    for (Tensor* sums : {&pooled, &batch_mean, &batch_var}) torch::stable::zero_(*sums);
+  } else {
+    run(check_depthwise_training(input, weight, bn_weight, bn_bias, eps, stride, padding[0],
+                                 padding[1], activation, prologue_scale, prologue_shift,
+                                 prologue_activation, batch_stats, conv,
+                                 batch_stats ? batch_mean : *mean, batch_stats ? batch_var : *var,
+                                 output, given_if(pool, pooled)));
+  }
+  return {output, pooled, batch_mean, batch_var, conv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tensor mean, Tensor var,
+    OptionalTensor bn_weight, OptionalTensor bn_bias, double eps, bool batch_stats, Tensor image,
+    Tensor weight, int64_t stride, std::vector<int64_t> padding, int64_t activation,
+    OptionalTensor prologue_scale, OptionalTensor prologue_shift, int64_t prologue_activation,
+    bool needs_input, bool needs_weight) {
+  depthwise_output_size("depthwise_conv_bn_act_backward", image, weight, stride, padding);
+  const Tensor input = channels_last(image);
+  const int64_t n = input.size(0), c = input.size(1), k = weight.size(2);
+  const bool with_prologue = prologue_scale.has_value() && needs_input;
+  const int64_t prologue = with_prologue ? c : 0;
+  Tensor grad_input = needs_input ? empty_image(input, n, c, input.size(2), input.size(3))
+                                  : torch::stable::new_empty(input, {0});
+  Tensor grad_weight = torch::stable::new_empty(
+      weight, needs_weight ? std::vector<int64_t>{c, 1, k, k} : std::vector<int64_t>{0});
+  Tensor grad_bn_weight = empty_sums(input, {c}), grad_bn_bias = empty_sums(input, {c});
+  Tensor grad_scale = empty_sums(input, {prologue}), grad_shift = empty_sums(input, {prologue});
+  if (conv.numel() == 0) {
+    for (Tensor* grad :
+         {&grad_input, &grad_weight, &grad_bn_weight, &grad_bn_bias, &grad_scale, &grad_shift}) {
+      torch::stable::zero_(*grad);
+    }
+  } else {
+    run(check_depthwise_backward(
+        channels_last(grad_output),
+        grad_pooled ? OptionalTensor(torch::stable::contiguous(*grad_pooled)) : std::nullopt, conv,
+        mean, var, bn_weight, bn_bias, eps, activation, batch_stats, input, weight, stride,
+        padding[0], padding[1], prologue_scale, prologue_shift, prologue_activation,
+        given_if(needs_input, grad_input), given_if(needs_weight, grad_weight), grad_bn_weight,
+        grad_bn_bias, given_if(with_prologue, grad_scale), given_if(with_prologue, grad_shift)));
+  }
+  return {grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_scale, grad_shift};
+}
+
 }  // namespace
 }  // namespace effnet
 
-STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
-  m.impl("depthwise_conv_bn_act_out", TORCH_BOX(&effnet::inference));
-  m.impl("depthwise_conv_bn_act_train_out", TORCH_BOX(&effnet::train));
-  m.impl("depthwise_conv_bn_act_backward_out", TORCH_BOX(&effnet::backward));
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
+  m.impl("depthwise_conv_bn_act", TORCH_BOX(&effnet::inference));
+  m.impl("depthwise_conv_bn_act_train", TORCH_BOX(&effnet::train));
+  m.impl("depthwise_conv_bn_act_backward", TORCH_BOX(&effnet::backward));
 }

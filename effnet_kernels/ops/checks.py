@@ -36,20 +36,22 @@ def check_image(argument: str, tensor: Tensor) -> None:
         )
 
 
-def check_same_device(argument: str, tensor: Tensor, input: Tensor) -> None:
-    """``tensor`` lives where ``input`` does.
+def check_same_device(argument: str, tensor: Tensor, device: torch.device) -> None:
+    """``tensor`` lives on ``device``, where ``input`` does.
 
     Raises:
         ValueError: it does not.
     """
-    if tensor.device != input.device:
+    if tensor.device != device:
         raise ValueError(
-            f"{argument}: got a tensor on {tensor.device}, expected {input.device}, where input is"
+            f"{argument}: got a tensor on {tensor.device}, expected {device}, where input is"
         )
 
 
-def check_channel_vector(argument: str, tensor: Tensor | None, input: Tensor) -> None:
-    """``tensor`` is None or a floating-point (C,) tensor beside ``input`` (N, C, H, W).
+def check_channel_vector(
+    argument: str, tensor: Tensor | None, channels: int, device: torch.device
+) -> None:
+    """``tensor`` is None or a floating-point (C,) tensor beside an input of C channels.
 
     Raises:
         TypeError: it is neither None nor a floating-point tensor.
@@ -61,12 +63,12 @@ def check_channel_vector(argument: str, tensor: Tensor | None, input: Tensor) ->
         raise TypeError(f"{argument}: got {type(tensor).__name__}, expected a Tensor or None")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{argument}: got dtype {tensor.dtype}, expected a floating-point dtype")
-    if tensor.ndim != 1 or tensor.shape[0] != input.shape[1]:
+    if tensor.ndim != 1 or tensor.shape[0] != channels:
         raise ValueError(
             f"{argument}: got shape {tuple(tensor.shape)}, "
-            f"expected ({input.shape[1]},), the channels of input"
+            f"expected ({channels},), the channels of input"
         )
-    check_same_device(argument, tensor, input)
+    check_same_device(argument, tensor, device)
 
 
 def one_or_pair(argument: str, value: int | Sequence[int]) -> int:

@@ -142,29 +142,28 @@ def depthwise_conv_bn_act(
         RuntimeError: the backend that ``use_backend`` demands cannot take the call.
     """
     checks.check_image("input", input)
-    device = input.device.type
+    device = input.device
     if (
-        device in ("cpu", "cuda")
-        and torch.is_autocast_enabled(device)
+        device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(device.type)
         and input.dtype != torch.float64
     ):
-        low = torch.get_autocast_dtype(device)
+        low = torch.get_autocast_dtype(device.type)
         input = input.to(low)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             weight = weight.to(low)
     _check_weight(weight, input)
+    channels = input.shape[1]
     for argument, vector in (
         ("running_mean", running_mean),
         ("running_var", running_var),
         ("bn_weight", bn_weight),
         ("bn_bias", bn_bias),
     ):
-        checks.check_channel_vector(argument, vector, input)
+        checks.check_channel_vector(argument, vector, channels, device)
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(
-            f"{missing}: got None, expected a ({input.shape[1]},) tensor unless training"
-        )
+        raise ValueError(f"{missing}: got None, expected a ({channels},) tensor unless training")
     stride = checks.one_or_pair("stride", stride)
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride}, expected 1 or 2")
@@ -176,16 +175,17 @@ def depthwise_conv_bn_act(
         raise TypeError(f"eps: got {type(eps).__name__}, expected a float")
     if not eps >= 0:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
-    code = activation_code("activation", activation)
-    prologue_code = Activation.identity
+    # Plain ints: the dispatcher takes several microseconds to see that an enum's member is one.
+    code = int(activation_code("activation", activation))
+    prologue_code = int(Activation.identity)
     if prologue is not None:
         if not isinstance(prologue, Prologue):
             raise TypeError(f"prologue: got {type(prologue).__name__}, expected a Prologue or None")
         for argument, vector in (("scale", prologue.scale), ("shift", prologue.shift)):
             if vector is None:
                 raise TypeError(f"prologue.{argument}: got None, expected a Tensor")
-            checks.check_channel_vector(f"prologue.{argument}", vector, input)
-        prologue_code = activation_code("prologue.activation", prologue.activation)
+            checks.check_channel_vector(f"prologue.{argument}", vector, channels, device)
+        prologue_code = int(activation_code("prologue.activation", prologue.activation))
     if training and input.shape[0] * _output_size(input, weight, stride, pads) == 1:
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, one value a channel after the convolution; "
@@ -216,17 +216,14 @@ def depthwise_conv_bn_act(
         scale = prologue.scale.to(_accumulator(input)).contiguous()
         shift = prologue.shift.to(_accumulator(input)).contiguous()
 
-    ops = torch.ops.effnet_kernels
-    if not training and not needs_grad:
-        output, pooled = ops.depthwise_conv_bn_act(
-            input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
-            scale, shift, prologue_code, pool, backend,
-        )  # fmt: skip
-        return DepthwiseConvBnActOutput(output, pooled if pool else None, None, None)
-    output, pooled, batch_mean, batch_var, _ = ops.depthwise_conv_bn_act_train(
+    arguments = (
         input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
-        scale, shift, prologue_code, pool, backend,
+        scale, shift, prologue_code, pool,
     )  # fmt: skip
+    if not training and not needs_grad:
+        output, pooled = _INFERENCE[backend](*arguments)
+        return DepthwiseConvBnActOutput(output, pooled if pool else None, None, None)
+    output, pooled, batch_mean, batch_var, _ = _TRAIN[backend](*arguments)
     return DepthwiseConvBnActOutput(
         output,
         pooled if pool else None,
@@ -299,7 +296,7 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
         )
     if weight.dtype != input.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}, expected {input.dtype}, input's")
-    checks.check_same_device("weight", weight, input)
+    checks.check_same_device("weight", weight, input.device)
 
 
 def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None:
@@ -378,8 +375,9 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------------------------------
-# The registered functional ops. Each allocates its results, the same way for every backend and for
-# the fake, and has the backend's kernel fill them. Results not asked for have no elements.
+# The registered functional ops. Each allocates its results and has the backend's kernel fill them.
+# On CPU tensors the compiled ops do both in C++ (csrc/cpu): there a call's own time is not hidden
+# behind the kernel's. Results not asked for have no elements.
 # --------------------------------------------------------------------------------------------------
 
 _GEOMETRY = "int stride, SymInt[4] padding, int activation"
@@ -411,11 +409,11 @@ def _allocate_inference(
 
 
 def _inference(
-    input: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
+    backend: str, input: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
     stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    pool: bool, backend: str,
+    pool: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     input = input.contiguous(memory_format=torch.channels_last)
     output, pooled = _allocate_inference(input, weight, stride, padding, pool)
@@ -434,7 +432,7 @@ def _inference_fake(
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
     stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    pool: bool, backend: str,
+    pool: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _allocate_inference(input, weight, stride, padding, pool)
 
@@ -454,11 +452,11 @@ def _allocate_train(
 
 
 def _train(
-    input: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None,
+    backend: str, input: Tensor, weight: Tensor, mean: Tensor | None, var: Tensor | None,
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
     stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    pool: bool, backend: str,
+    pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     input = input.contiguous(memory_format=torch.channels_last)
     output, pooled, batch_mean, batch_var, conv = _allocate_train(
@@ -480,7 +478,7 @@ def _train_fake(
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float,
     stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    pool: bool, backend: str,
+    pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _allocate_train(input, weight, mean is not None, stride, padding, pool)
 
@@ -503,11 +501,12 @@ def _allocate_backward(
 
 
 def _backward(
-    grad_output: Tensor, grad_pooled: Tensor | None, conv: Tensor, mean: Tensor, var: Tensor,
+    backend: str, grad_output: Tensor, grad_pooled: Tensor | None,
+    conv: Tensor, mean: Tensor, var: Tensor,
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, batch_stats: bool,
     input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    needs_input: bool, needs_weight: bool, backend: str,
+    needs_input: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     input = input.contiguous(memory_format=torch.channels_last)
     has_prologue = prologue_scale is not None
@@ -536,7 +535,7 @@ def _backward_fake(
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, batch_stats: bool,
     input: Tensor, weight: Tensor, stride: int, padding: Sequence[int], activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
-    needs_input: bool, needs_weight: bool, backend: str,
+    needs_input: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _allocate_backward(input, weight, prologue_scale is not None, needs_input, needs_weight)
 
@@ -544,7 +543,7 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         input, weight, mean, var, bn_weight, bn_bias, eps, stride, padding, activation,
-        prologue_scale, prologue_shift, prologue_activation, pool, backend,
+        prologue_scale, prologue_shift, prologue_activation, pool,
     ) = inputs  # fmt: skip
     _, _, batch_mean, batch_var, conv = output
     ctx.mark_non_differentiable(batch_mean, batch_var, conv)
@@ -556,11 +555,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         bn_weight, bn_bias, conv, prologue_scale, prologue_shift,
     )  # fmt: skip
     ctx.eps, ctx.stride, ctx.padding, ctx.activation = eps, stride, padding, activation
-    ctx.prologue_activation, ctx.backend = prologue_activation, backend
+    ctx.prologue_activation = prologue_activation
 
 
 def _autograd_backward(
-    ctx: Any, grad_output: Tensor | None, grad_pooled: Tensor | None, *_: Tensor | None
+    backend: str,
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_pooled: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     input, weight, mean, var, bn_weight, bn_bias, conv, scale, shift = ctx.saved_tensors
     needs = ctx.needs_input_grad
@@ -571,10 +574,10 @@ def _autograd_backward(
             return (None,) * len(needs)
         grad_output = torch.zeros_like(conv)
     needs_prologue = scale is not None and (needs[10] or needs[11])
-    grads = torch.ops.effnet_kernels.depthwise_conv_bn_act_backward(
+    grads = _BACKWARD[backend](
         grad_output, grad_pooled, conv, mean, var, bn_weight, bn_bias, ctx.eps, ctx.batch_stats,
         input, weight, ctx.stride, ctx.padding, ctx.activation,
-        scale, shift, ctx.prologue_activation, needs[0] or needs_prologue, needs[1], ctx.backend,
+        scale, shift, ctx.prologue_activation, needs[0] or needs_prologue, needs[1],
     )  # fmt: skip
     grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_scale, grad_shift = grads
     return (
@@ -587,33 +590,33 @@ def _autograd_backward(
         *(None,) * 4,
         grad_scale if needs[10] else None,
         grad_shift if needs[11] else None,
-        *(None,) * 3,
+        *(None,) * 2,
     )
 
 
-library.register(
+_INFERENCE = library.register(
     OP,
     "(Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
-    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) "
+    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool) "
     "-> (Tensor output, Tensor pooled)",
     implementation=_inference,
     fake=_inference_fake,
 )
-library.register(
+_TRAIN = library.register(
     f"{OP}_train",
     "(Tensor input, Tensor weight, Tensor? mean, Tensor? var, Tensor? bn_weight, Tensor? bn_bias, "
-    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool, str backend) "
+    f"float eps, {_GEOMETRY}, {_PROLOGUE}, bool pool) "
     "-> (Tensor output, Tensor pooled, Tensor batch_mean, Tensor batch_var, Tensor conv)",
     implementation=_train,
     fake=_train_fake,
 )
 library.differentiable(f"{OP}_train", backward=_autograd_backward, setup_context=_setup_context)
-library.register(
+_BACKWARD = library.register(
     f"{OP}_backward",
     "(Tensor grad_output, Tensor? grad_pooled, Tensor conv, Tensor mean, Tensor var, "
     "Tensor? bn_weight, Tensor? bn_bias, float eps, bool batch_stats, "
     f"Tensor input, Tensor weight, {_GEOMETRY}, {_PROLOGUE}, "
-    "bool needs_input, bool needs_weight, str backend) "
+    "bool needs_input, bool needs_weight) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
     "Tensor grad_prologue_scale, Tensor grad_prologue_shift)",
     implementation=_backward,

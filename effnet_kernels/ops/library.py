@@ -1,40 +1,74 @@
-"""The dispatcher namespace of the functional ops."""
+"""The dispatcher namespaces of the functional ops, one for each way that kernels are written.
+
+An op exists twice, with one schema, one fake and one derivative:
+
+*   ``torch.ops.effnet_kernels.<op>``: the compiled kernels. For CPU tensors ``csrc/cpu`` implements
+    it whole; for CUDA tensors it is allocation in Python around a kernel of ``csrc/cuda``.
+*   ``torch.ops.effnet_kernels_triton.<op>``: Triton's, for CUDA tensors, and for CPU tensors in
+    Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-NAMESPACE = "effnet_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
+from effnet_kernels import backends
+
+_COMPILED = torch.library.Library("effnet_kernels", "DEF")
+_TRITON = torch.library.Library("effnet_kernels_triton", "DEF")
 
 
 def register(
     name: str, schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
-    """Registers the functional op ``effnet_kernels::name``.
+) -> dict[str, Any]:
+    """Registers the functional op ``name`` in both namespaces.
 
     Args:
         name: the op's name.
         schema: arguments and results, as in ``(Tensor x) -> Tensor``.
-        implementation: allocates the results and calls the backend's kernel; CPU and CUDA.
-        fake: the same without the kernel.
+        implementation: takes the name of a backend and the op's arguments, allocates the results
+            and calls the backend's kernel.
+        fake: takes the op's arguments and allocates only.
+
+    Returns:
+        The op by the name of the backend that it runs on.
     """
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for library in (_COMPILED, _TRITON):
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    _COMPILED.impl(name, partial(implementation, backends.CUDA.name), "CUDA")
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        _TRITON.impl(name, partial(implementation, backends.TRITON.name), key)
+    compiled = getattr(torch.ops.effnet_kernels, name).default
+    return {
+        backends.CPU.name: compiled,
+        backends.CUDA.name: compiled,
+        backends.TRITON.name: getattr(torch.ops.effnet_kernels_triton, name).default,
+    }
 
 
 def differentiable(
     name: str, *, backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
-    """Gives op ``name`` its derivative (see ``torch.library.register_autograd``)."""
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    """Gives op ``name`` its derivative (see ``torch.library.register_autograd``).
+
+    Args:
+        name: the op's name.
+        backward: takes the name of a backend whose namespace is the forward op's, then the context
+            and the gradients.
+        setup_context: saves what ``backward`` needs.
+    """
+    for library, backend in ((_COMPILED, backends.CUDA), (_TRITON, backends.TRITON)):
+        torch.library.register_autograd(
+            f"{library.ns}::{name}",
+            partial(backward, backend.name),
+            setup_context=setup_context,
+            lib=library,
+        )
 
 
 def not_differentiable(name: str, message: str) -> None:
@@ -43,4 +77,5 @@ def not_differentiable(name: str, message: str) -> None:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(message)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_library)
+    for library in (_COMPILED, _TRITON):
+        torch.library.register_autograd(f"{library.ns}::{name}", backward, lib=library)

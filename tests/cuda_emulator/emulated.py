@@ -1,13 +1,15 @@
 """The tests that run inside the emulator's process; test_emulator.py starts it with pytest.
 
-The ops are those of ``effnet_kernels.ops`` with backend ``cpu``, whose kernels are replaced by the
-CUDA ones. The launchers see few multiprocessors or many, so that blocks walk through several images
-or images are cut into many blocks.
+The ops are those of ``effnet_kernels.ops`` as they run on CUDA tensors, registered for CPU tensors.
+The launchers see few multiprocessors or many, so that blocks walk through several images or images
+are cut into many blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import itertools
 import os
 
@@ -19,10 +21,19 @@ from ops.test_depthwise_conv_bn_act import check
 
 from effnet_kernels import backends
 
+op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 torch.ops.load_library(os.environ["CUDA_EMULATOR_LIBRARY"])
 backends._cpp_kernel = lambda name: getattr(torch.ops.effnet_kernels_emulator, name).default
+_ON_CPU = torch.library.Library("effnet_kernels", "IMPL")
+for _name, _implementation in (
+    (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward)
+):  # fmt: skip
+    _ON_CPU.impl(
+        _name, functools.partial(_implementation, backends.CUDA.name), "CPU", allow_override=True
+    )
 
 
 @pytest.fixture(params=[1, 132], ids="multiprocessors{}".format)

@@ -297,29 +297,43 @@ def test_kernels_survive_wrong_tensors() -> None:
     image = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     good = {
         "input": image, "weight": torch.randn(8, 1, 3, 3), "mean": ones, "var": ones,
-        "bn_weight": None, "bn_bias": None, "eps": 1e-5, "stride": 1, "pad_top": 1, "pad_left": 1,
+        "bn_weight": None, "bn_bias": None, "eps": 1e-5, "stride": 1, "padding": (1, 1, 1, 1),
         "activation": 3, "prologue_scale": None, "prologue_shift": None, "prologue_activation": 0,
-        "output": torch.empty_like(image), "pooled": None,
+        "pool": False,
     }  # fmt: skip
-    kernel = torch.ops.effnet_kernels_cpp.depthwise_conv_bn_act_out
-    kernel(*good.values())
+    function = torch.ops.effnet_kernels.depthwise_conv_bn_act
+    function(*good.values())
     wrong = [
-        {"input": torch.randn(1, 8, 6, 6)},
+        {"input": torch.randn(8, 6, 6)},
         {"input": image.double()},
+        {"input": torch.randn(1, 8, 0, 6)},
         {"weight": torch.randn(7, 1, 3, 3)},
         {"weight": torch.randn(8, 1, 4, 4)},
+        {"weight": torch.randn(8, 9)},
         {"mean": torch.ones(3)},
         {"var": torch.ones(8, dtype=torch.int64)},
         {"stride": 0},
-        {"pad_top": 9},
+        {"padding": (9, 1, 1, 1)},
+        {"padding": (-1, 1, 1, 1)},
         {"activation": 99},
         {"prologue_scale": ones},
-        {"output": torch.empty(1, 8, 60, 60).contiguous(memory_format=torch.channels_last)},
-        {"pooled": torch.empty(1, 3)},
     ]
     for change in wrong:
         with pytest.raises(RuntimeError):
-            kernel(*{**good, **change}.values())
+            function(*{**good, **change}.values())
+    # The same argument checks serve the kernels that fill tensors of the caller's.
+    gradients = {
+        "grad_output": image, "grad_pooled": None, "conv": image, "mean": ones, "var": ones,
+        "bn_weight": None, "bn_bias": None, "eps": 1e-5, "batch_stats": True,
+        **{name: good[name] for name in ("input", "weight", "stride", "padding", "activation")},
+        "prologue_scale": None, "prologue_shift": None, "prologue_activation": 0,
+        "needs_input": True, "needs_weight": True,
+    }  # fmt: skip
+    backward = torch.ops.effnet_kernels.depthwise_conv_bn_act_backward
+    backward(*gradients.values())
+    for change in ({"grad_output": torch.randn(1, 8, 60, 60)}, {"grad_pooled": torch.ones(1, 3)}):
+        with pytest.raises(RuntimeError):
+            backward(*{**gradients, **change}.values())
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -329,8 +343,10 @@ def test_opcheck(training: bool, pool: bool, kernel_backend: str) -> None:
     device = device_of(kernel_backend)
     image = torch.randn(2, 8, 7, 5, device=device).contiguous(memory_format=torch.channels_last)
     weight, ones = torch.randn(8, 1, 3, 3, device=device), torch.ones(8, device=device)
-    tail = (1e-3, 2, [1, 1, 1, 1], 3, None, None, 0, pool, kernel_backend)
-    ops = torch.ops.effnet_kernels
+    tail = (1e-3, 2, [1, 1, 1, 1], 3, None, None, 0, pool)
+    ops = (
+        torch.ops.effnet_kernels_triton if kernel_backend == "triton" else torch.ops.effnet_kernels
+    )
     torch.library.opcheck(
         ops.depthwise_conv_bn_act.default, (image, weight, ones, ones, ones, ones, *tail)
     )
@@ -345,7 +361,7 @@ def test_opcheck(training: bool, pool: bool, kernel_backend: str) -> None:
         ops.depthwise_conv_bn_act_backward.default,
         (
             conv, torch.randn(2, 8, device=device) if pool else None, conv, ones, ones, ones, ones,
-            1e-3, training, image, weight, *tail[1:7], True, True, kernel_backend,
+            1e-3, training, image, weight, *tail[1:7], True, True,
         ),
     )  # fmt: skip
 
