@@ -109,9 +109,9 @@ DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, int6
   p.band_rows = static_cast<int>(ceil_div(s.out_h, bands));
   p.bands = static_cast<int>(ceil_div(s.out_h, p.band_rows));
   p.slots = p.units(s);
-  p.prefetch_output = s.batch * s.channels * element_size *
-                          (int64_t{s.in_h} * s.in_w + int64_t{s.out_h} * s.out_w) >
-                      kCacheBytes;
+  p.prefetch = s.batch * s.channels * element_size *
+                   (int64_t{s.in_h} * s.in_w + int64_t{s.out_h} * s.out_w) >
+               kCacheBytes;
   return p;
 }
 

@@ -24,7 +24,7 @@ struct DepthwisePlan {
   int64_t slots;
   int tile;       // output columns computed together
   int grad_tile;  // the same for columns of the input's gradient
-  bool prefetch_output;
+  bool prefetch;  // the tensors are larger than what a cache keeps
 
   int64_t units(const DepthwiseShape& s) const { return s.batch * bands * strips; }
   int padded_channels() const { return vectors * lanes; }

@@ -82,66 +82,108 @@ struct Window {
   const F* ahead[2];
 };
 
-// Tile results from column x on: sum over i, j of rows[i][x * stride + j] * w[i][j], to the sink.
-template <class S, int K, int Stride, int Tile, bool Checked, class Sink>
-EFFNET_INLINE void correlate_tile(const Window<S>& window, const typename S::Scalar* weights,
-                                  typename S::V start, int x, int v, const Sink& sink) {
+// sum[t] += sum over i, j of rows[i][x * stride + j] * w[i][j] for the tile of results that begins
+// at column x. offset: of the first column that the tile reads, in any row. Columns [Left, Columns
+// - Right) of the tile's lie in the input; the others, zeros, are not read.
+template <class S, int K, int Stride, int Left, int Right, int Tile>
+EFFNET_INLINE void add_taps(typename S::V (&sum)[Tile], const Window<S>& window,
+                            const typename S::Scalar* weights, int64_t offset) {
   using V = typename S::V;
-  constexpr int L = S::lanes, PerLine = L >= 16 ? 1 : 16 / L;
-  const int first = window.origin + x * Stride;
-  const int64_t offset = v * window.pitch + first * window.step;
-  if (v % PerLine == 0) {
-    EFFNET_UNROLL
-    for (int i = 0; i < Stride; ++i) {
-      if (window.ahead[i] == nullptr) continue;
-      const auto* next = window.ahead[i] + (v * window.pitch + x * Stride * window.step);
-      EFFNET_UNROLL
-      for (int q = 0; q < Tile * Stride; ++q) prefetch(next + q * window.step);
-    }
-  }
-  V sum[Tile];
-  EFFNET_UNROLL
-  for (int t = 0; t < Tile; ++t) sum[t] = start;
-  for (int i = window.lo; i < window.hi; ++i) {
+  constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
+  const auto* w = weights + window.lo * (K * L);
+  for (int i = window.lo; i < window.hi; ++i, w += K * L) {
     const auto* in = window.rows[i] + offset;
     V tap[K];
     EFFNET_UNROLL
-    for (int j = 0; j < K; ++j) tap[j] = S::load(weights + (i * K + j) * L);
+    for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
     EFFNET_UNROLL
-    for (int q = 0; q < (Tile - 1) * Stride + K; ++q) {
-      if (!Checked || static_cast<unsigned>(first + q) < static_cast<unsigned>(window.width)) {
-        const V value = S::load_once(in + q * window.step);
-        EFFNET_UNROLL
-        for (int j = 0; j < K; ++j) {
-          const int t = q - j;
-          if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
-            sum[t / Stride] = S::fma(value, tap[j], sum[t / Stride]);
-          }
+    for (int q = Left; q < Columns - Right; ++q) {
+      const V value = S::load_once(in + q * window.step);
+      EFFNET_UNROLL
+      for (int j = 0; j < K; ++j) {
+        const int t = q - j;
+        if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
+          S::accumulate(sum[t / Stride], value, tap[j]);
         }
       }
     }
   }
-  sink.template take<Tile>(sum, x, v);
+}
+
+// The same wherever the tile lies: columns [lo, hi) of its own are in the input.
+template <class S, int K, int Stride, int Tile>
+EFFNET_INLINE void add_taps_checked(typename S::V (&sum)[Tile], const Window<S>& window,
+                                    const typename S::Scalar* weights, int64_t offset, int lo,
+                                    int hi) {
+  using V = typename S::V;
+  constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
+  const auto* w = weights + window.lo * (K * L);
+  for (int i = window.lo; i < window.hi; ++i, w += K * L) {
+    const auto* in = window.rows[i] + offset;
+    V tap[K];
+    EFFNET_UNROLL
+    for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
+    EFFNET_UNROLL
+    for (int q = 0; q < Columns; ++q) {
+      if (q < lo || q >= hi) continue;
+      const V value = S::load_once(in + q * window.step);
+      EFFNET_UNROLL
+      for (int j = 0; j < K; ++j) {
+        const int t = q - j;
+        if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
+          S::accumulate(sum[t / Stride], value, tap[j]);
+        }
+      }
+    }
+  }
 }
 
 // A row of `count` results of a block, each sum beginning with its channel's `start`. Channels are
-// the inner loop: the tensor is read in the order of its memory.
-template <class S, int K, int Stride, int Tile, class Sink>
-void correlate(const Window<S>& window, const typename S::Scalar* weights,
-               const typename S::Scalar* start, int count, int vectors, const Sink& sink) {
+// the inner loop: the tensor is read in the order of its memory. Borders: a tile may reach beyond
+// the columns of the window.
+//
+// Everything is copied to locals first: a vector may be stored over any object, so after every
+// store the compiler would load them again.
+template <class S, int K, int Stride, int Tile, bool Borders, class Sink>
+void correlate(const Window<S>& from, const typename S::Scalar* weights,
+               const typename S::Scalar* start, int count, int vectors, const Sink& to) {
+  using V = typename S::V;
   constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
+  constexpr int PerLine = L >= 16 ? 1 : 16 / L;
+  // How far the first and the last tile of a row reach out with a padding of half a kernel.
+  constexpr int Left = K / 2, Right = K / 2 - (Stride - 1);
+  const Window<S> window = from;
+  const Sink sink = to;
   for (int x = 0; x < count; x += Tile) {
     const int first = window.origin + x * Stride;
-    if (first >= 0 && first + Columns <= window.width) {
-      for (int v = 0; v < vectors; ++v) {
-        correlate_tile<S, K, Stride, Tile, false>(window, weights + v * (K * K * L),
-                                                  S::load(start + v * L), x, v, sink);
+    const int lo = greater(-first, 0), hi = lesser(window.width - first, Columns);
+    int64_t offset = first * window.step;
+    const auto* w = weights;
+    for (int v = 0; v < vectors; ++v, offset += window.pitch, w += K * K * L) {
+      if (window.ahead[0] != nullptr && v % PerLine == 0) {
+        EFFNET_UNROLL
+        for (int i = 0; i < Stride; ++i) {
+          const auto* next = window.ahead[i] + (v * window.pitch + x * Stride * window.step);
+          EFFNET_UNROLL
+          for (int q = 0; q < Tile * Stride; ++q) prefetch(next + q * window.step);
+        }
       }
-    } else {
-      for (int v = 0; v < vectors; ++v) {
-        correlate_tile<S, K, Stride, Tile, true>(window, weights + v * (K * K * L),
-                                                 S::load(start + v * L), x, v, sink);
+      V sum[Tile];
+      const V begin = S::load(start + v * L);
+      EFFNET_UNROLL
+      for (int t = 0; t < Tile; ++t) sum[t] = begin;
+      if (!Borders || (lo == 0 && hi == Columns)) {
+        add_taps<S, K, Stride, 0, 0>(sum, window, w, offset);
+      } else if (lo == Left && hi == Columns) {
+        add_taps<S, K, Stride, Left, 0>(sum, window, w, offset);
+      } else if (lo == 0 && hi == Columns - Right) {
+        add_taps<S, K, Stride, 0, Right>(sum, window, w, offset);
+      } else if (lo == Left && hi == Columns - Right) {
+        add_taps<S, K, Stride, Left, Right>(sum, window, w, offset);
+      } else {
+        add_taps_checked<S, K, Stride>(sum, window, w, offset, lo, hi);
       }
+      sink.template take<Tile>(sum, x, v);
     }
   }
 }
@@ -150,48 +192,62 @@ template <class S, class Sink>
 using Correlate = void (*)(const Window<S>&, const typename S::Scalar*, const typename S::Scalar*,
                            int, int, const Sink&);
 
-template <class S, class Sink, int K, int Stride>
+template <class S, class Sink, int K, int Stride, bool Borders>
 Correlate<S, Sink> correlate_of(int tile) {
   switch (tile) {
     case 4:
-      return correlate<S, K, Stride, 4, Sink>;
+      return correlate<S, K, Stride, 4, Borders, Sink>;
     case 7:
-      return correlate<S, K, Stride, 7, Sink>;
+      return correlate<S, K, Stride, 7, Borders, Sink>;
     default:
-      return correlate<S, K, Stride, 8, Sink>;
+      return correlate<S, K, Stride, 8, Borders, Sink>;
   }
 }
 
-template <class S, class Sink>
-Correlate<S, Sink> correlate_for(const DepthwiseShape& s, int tile) {
+// For tensors of T. Only those that need no widening are read where they lie, without a ring that
+// holds the padding.
+template <class T, class Sink>
+Correlate<Simd<T>, Sink> correlate_for(const DepthwiseShape& s, int tile) {
+  using S = Simd<T>;
+  constexpr bool Borders = sizeof(T) == sizeof(typename S::Scalar);
   switch (s.kernel * 10 + s.stride) {
     case 31:
-      return correlate_of<S, Sink, 3, 1>(tile);
+      return correlate_of<S, Sink, 3, 1, Borders>(tile);
     case 32:
-      return correlate_of<S, Sink, 3, 2>(tile);
+      return correlate_of<S, Sink, 3, 2, Borders>(tile);
     case 51:
-      return correlate_of<S, Sink, 5, 1>(tile);
+      return correlate_of<S, Sink, 5, 1, Borders>(tile);
     case 52:
-      return correlate_of<S, Sink, 5, 2>(tile);
+      return correlate_of<S, Sink, 5, 2, Borders>(tile);
     case 71:
-      return correlate_of<S, Sink, 7, 1>(tile);
+      return correlate_of<S, Sink, 7, 1, Borders>(tile);
     default:
-      return correlate_of<S, Sink, 7, 2>(tile);
+      return correlate_of<S, Sink, 7, 2, Borders>(tile);
   }
 }
+
+// Where the transpose puts a row: column x of vector v at to + v * pitch + x * step, for the
+// columns in [lo, hi).
+template <class F>
+struct GradientRow {
+  F* to;
+  int64_t pitch, step;
+  int lo, hi;
+};
 
 // The transpose: out[x] = sum over rows r and over q, j with q * stride + j = x of
 // rows[r][q + halo] * w[taps[r]][j], where halo = (K - 1) / stride is how far rows begin earlier.
 template <class S, int K, int Stride, int Tile>
-void transpose(typename S::Scalar* out, int out_columns, const typename S::Scalar* const* rows,
+void transpose(const GradientRow<typename S::Scalar>& target, const typename S::Scalar* const* rows,
                const int* taps, int row_count, int columns, const typename S::Scalar* weights,
                int vectors) {
   using V = typename S::V;
   constexpr int L = S::lanes, Halo = (K - 1) / Stride;
   static_assert(Tile % Stride == 0, "tiles start at tap 0");
+  const GradientRow<typename S::Scalar> out = target;
   for (int v = 0; v < vectors; ++v) {
     const int64_t base = int64_t{v} * columns * L;
-    for (int x = 0; x < out_columns; x += Tile) {
+    for (int x = 0; x < out.hi; x += Tile) {
       V sum[Tile];
       EFFNET_UNROLL
       for (int t = 0; t < Tile; ++t) sum[t] = S::set(0.f);
@@ -207,71 +263,107 @@ void transpose(typename S::Scalar* out, int out_columns, const typename S::Scala
           EFFNET_UNROLL
           for (int j = 0; j < K; ++j) {
             const int t = (q - Halo) * Stride + j;
-            if (t >= 0 && t < Tile) sum[t] = S::fma(value, tap[j], sum[t]);
+            if (t >= 0 && t < Tile) S::accumulate(sum[t], value, tap[j]);
           }
         }
       }
-      auto* to = out + (int64_t{v} * out_columns + x) * L;
-      EFFNET_UNROLL
-      for (int t = 0; t < Tile; ++t) S::store(to + t * L, sum[t]);
+      auto* to = out.to + v * out.pitch + x * out.step;
+      if (x >= out.lo && x + Tile <= out.hi) {
+        EFFNET_UNROLL
+        for (int t = 0; t < Tile; ++t) S::store(to + t * out.step, sum[t]);
+      } else {
+        EFFNET_UNROLL
+        for (int t = 0; t < Tile; ++t) {
+          if (x + t >= out.lo && x + t < out.hi) S::store(to + t * out.step, sum[t]);
+        }
+      }
     }
   }
 }
 
-// sums[i][j] += sum over x < count of grad[x] * rows[i][x * stride + j], for Rows rows from
-// `first`.
+// The rows of the input under the windows of a row of dz: column c of vector v of row i is at
+// rows[i] + v * pitch + c * step. Rows [lo, hi) of the kernel meet the input. All K columns of
+// result x do where x is in [first, last); of the others those in [0, width) do.
+template <class F>
+struct InputRows {
+  const F* rows[kMaxKernel];
+  int64_t pitch, step;
+  int lo, hi;
+  int origin;  // the column that tap 0 of the first result meets
+  int width;
+  int first, last;
+};
+
+// sums[i][j] += sum over x < count of grad[x] * rows[i][x * stride + j], for Rows rows from `row`.
 template <class S, int K, int Stride, int Rows>
 EFFNET_INLINE void correlate_rows_with_gradient(typename S::Scalar* sums,
                                                 const typename S::Scalar* grad, int count,
-                                                const typename S::Scalar* const* rows, int first,
-                                                int64_t base) {
+                                                const InputRows<typename S::Scalar>& input, int row,
+                                                int v) {
   using V = typename S::V;
   constexpr int L = S::lanes;
   V sum[Rows][K];
   const typename S::Scalar* in[Rows];
   EFFNET_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    in[i] = rows[first + i] + base;
+    in[i] = input.rows[row + i] + v * input.pitch + input.origin * input.step;
     EFFNET_UNROLL
     for (int j = 0; j < K; ++j) sum[i][j] = S::set(0.f);
   }
-  for (int x = 0; x < count; ++x) {
+  const int64_t step = input.step;
+  const auto add_checked = [&](int x) __attribute__((always_inline)) {
+    const V g = S::load(grad + int64_t{x} * L);
+    EFFNET_UNROLL
+    for (int j = 0; j < K; ++j) {
+      const int column = x * Stride + j;
+      if (static_cast<unsigned>(input.origin + column) >= static_cast<unsigned>(input.width)) {
+        continue;
+      }
+      EFFNET_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        S::accumulate(sum[i][j], S::load(in[i] + column * step), g);
+      }
+    }
+  };
+  for (int x = 0; x < input.first; ++x) add_checked(x);
+  for (int x = input.first; x < input.last; ++x) {
     const V g = S::load(grad + int64_t{x} * L);
     EFFNET_UNROLL
     for (int i = 0; i < Rows; ++i) {
+      const auto* from = in[i] + x * Stride * step;
       EFFNET_UNROLL
       for (int j = 0; j < K; ++j) {
-        sum[i][j] = S::fma(S::load(in[i] + (int64_t{x} * Stride + j) * L), g, sum[i][j]);
+        S::accumulate_loaded(sum[i][j], from + j * step, g);
       }
     }
   }
+  for (int x = input.last; x < count; ++x) add_checked(x);
   EFFNET_UNROLL
   for (int i = 0; i < Rows; ++i) {
     EFFNET_UNROLL
     for (int j = 0; j < K; ++j) {
-      auto* to = sums + ((first + i) * K + j) * L;
+      auto* to = sums + ((row + i) * K + j) * L;
       S::store(to, S::load(to) + sum[i][j]);
     }
   }
 }
 
-// The above for all K rows: as many at once as there are registers for their sums.
+// The above for all rows that meet the input: as many at once as there are registers for their
+// sums.
 template <class S, int K, int Stride>
 void correlate_with_gradient(typename S::Scalar* sums, const typename S::Scalar* grad,
-                             int grad_columns, int count, const typename S::Scalar* const* rows,
-                             int columns, int vectors) {
+                             int grad_columns, int count,
+                             const InputRows<typename S::Scalar>& input, int vectors) {
   constexpr int L = S::lanes, Fit = (S::registers - 4) / K, Rows = Fit < K ? Fit : K;
   for (int v = 0; v < vectors; ++v) {
     auto* to = sums + v * K * K * L;
     const auto* g = grad + int64_t{v} * grad_columns * L;
-    const int64_t base = int64_t{v} * columns * L;
-    int i = 0;
-    for (; i + Rows <= K; i += Rows) {
-      correlate_rows_with_gradient<S, K, Stride, Rows>(to, g, count, rows, i, base);
+    int i = input.lo;
+    for (; i + Rows <= input.hi; i += Rows) {
+      correlate_rows_with_gradient<S, K, Stride, Rows>(to, g, count, input, i, v);
     }
-    constexpr int Rest = K % Rows;
-    if constexpr (Rest != 0) {
-      correlate_rows_with_gradient<S, K, Stride, Rest>(to, g, count, rows, i, base);
+    for (; i < input.hi; ++i) {
+      correlate_rows_with_gradient<S, K, Stride, 1>(to, g, count, input, i, v);
     }
   }
 }
@@ -279,8 +371,8 @@ void correlate_with_gradient(typename S::Scalar* sums, const typename S::Scalar*
 template <class S>
 struct Loops {
   using F = typename S::Scalar;
-  void (*transpose)(F*, int, const F* const*, const int*, int, int, const F*, int);
-  void (*correlate_with_gradient)(F*, const F*, int, int, const F* const*, int, int);
+  void (*transpose)(const GradientRow<F>&, const F* const*, const int*, int, int, const F*, int);
+  void (*correlate_with_gradient)(F*, const F*, int, int, const InputRows<F>&, int);
 };
 
 template <class S, int K, int Stride, int Tile>
@@ -769,13 +861,13 @@ struct Convolution {
         if (in_place) {
           const F* rows = input + u.n * s.in_h * row_size + b.channel;
           for (int i = window.lo; i < window.hi; ++i) window.rows[i] = rows + (top + i) * row_size;
-          const int64_t more = int64_t{u.ow0} * s.stride * s.channels;
-          for (int i = 0; i < s.stride; ++i) {
-            // Beyond the last row of an image is the next image.
-            const int64_t row = u.n * s.in_h + top + s.kernel + i;
-            window.ahead[i] =
-                row < s.batch * s.in_h ? input + row * row_size + b.channel + more : nullptr;
-          }
+          // Beyond the last row of an image is the next image.
+          const int64_t next = u.n * s.in_h + top + s.kernel;
+          const F* ahead =
+              input + next * row_size + b.channel + int64_t{u.ow0} * s.stride * s.channels;
+          const bool none = !p.prefetch || next + s.stride > s.batch * s.in_h;
+          window.ahead[0] = none ? nullptr : ahead;
+          window.ahead[1] = none ? nullptr : ahead + row_size;
         }
       }
       if (!in_place) {
@@ -855,36 +947,62 @@ EFFNET_INLINE void activate_tile(Activation activation, typename S::V (&x)[Tile]
   }
 }
 
-// Columns [x, x + Tile) of a vector, those below `count`, to a row of the tensor.
-template <class T, int Tile>
-EFFNET_INLINE void store_tile(T* to, int64_t channels, const typename Simd<T>::V (&values)[Tile],
-                              int x, int count, bool partial, int last_channels) {
-  to += x * channels;
-  if (!partial && x + Tile <= count) {
-    EFFNET_UNROLL
-    for (int t = 0; t < Tile; ++t) Simd<T>::store(to + t * channels, values[t]);
-    return;
+// Where the results of a unit's row go: the block's channels in `count` columns of the tensor.
+template <class T>
+struct OutputRow {
+  using S = Simd<T>;
+  using V = typename S::V;
+  T* to;
+  int64_t channels, row_size;
+  int count;
+  int partial, last_channels;  // the vector with fewer channels, or -1, and how many it has
+  bool prefetch;
+
+  EFFNET_INLINE OutputRow() {}
+  OutputRow(const DepthwiseShape& s, const DepthwisePlan& p, const Block& b, const Unit& u)
+      : to(nullptr),
+        channels(s.channels),
+        row_size(int64_t{s.out_w} * s.channels),
+        count(u.ow1 - u.ow0),
+        partial(b.last_channels == S::lanes ? -1 : b.vectors - 1),
+        last_channels(b.last_channels),
+        prefetch(p.prefetch) {}
+
+  EFFNET_INLINE void start(void* tensor, const DepthwiseShape& s, const Block& b, const Unit& u,
+                           int oh) {
+    to = static_cast<T*>(tensor) + ((u.n * s.out_h + oh) * s.out_w + u.ow0) * channels + b.channel;
   }
-  EFFNET_UNROLL
-  for (int t = 0; t < Tile; ++t) {
-    if (x + t >= count) break;
-    if (partial) {
-      Simd<T>::store_partial(to + t * channels, values[t], last_channels);
-    } else {
-      Simd<T>::store(to + t * channels, values[t]);
+
+  // Fetches what the tile below (x, v) will be stored over.
+  template <int Tile>
+  EFFNET_INLINE void prefetch_below(int x, int v) const {
+    constexpr int PerLine = 64 / (S::lanes * sizeof(T));
+    if (!prefetch || (PerLine > 1 && v % PerLine != 0)) return;
+    const T* below = to + v * S::lanes + row_size + x * channels;
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) prefetch_to_write(below + t * channels);
+  }
+
+  // Columns [x, x + Tile) of vector v, those below `count`.
+  template <int Tile>
+  EFFNET_INLINE void store(const V (&values)[Tile], int x, int v) const {
+    T* first = to + v * S::lanes + x * channels;
+    if (v != partial && x + Tile <= count) {
+      EFFNET_UNROLL
+      for (int t = 0; t < Tile; ++t) S::store(first + t * channels, values[t]);
+      return;
+    }
+    EFFNET_UNROLL
+    for (int t = 0; t < Tile; ++t) {
+      if (x + t >= count) break;
+      if (v == partial) {
+        S::store_partial(first + t * channels, values[t], last_channels);
+      } else {
+        S::store(first + t * channels, values[t]);
+      }
     }
   }
-}
-
-// Fetches what the tile below the one at `to` will be stored over.
-template <class T, int Tile>
-EFFNET_INLINE void prefetch_tile(const T* to, const DepthwiseShape& s, int x, int v) {
-  constexpr int PerLine = 64 / (Simd<T>::lanes * sizeof(T));
-  if (PerLine > 1 && v % PerLine != 0) return;
-  to += (int64_t{s.out_w} + x) * s.channels;
-  EFFNET_UNROLL
-  for (int t = 0; t < Tile; ++t) prefetch_to_write(to + int64_t{t} * s.channels);
-}
+};
 
 // The sum of the tile's columns below `count`, in a fixed order.
 template <class S, int Tile>
@@ -902,27 +1020,20 @@ template <class T>
 struct InferenceSink {
   using S = Simd<T>;
   const DepthwiseInference* a;
-  const DepthwisePlan* p;
-  const Unit* u;
   const Block* b;
+  const Unit* u;
+  Activation activation;
   RowSums<S>* sums;  // or null
-  T* output;
+  OutputRow<T> row;
 
-  EFFNET_INLINE void start_row(int oh) {
-    const DepthwiseShape& s = a->shape;
-    output = static_cast<T*>(a->output) + ((u->n * s.out_h + oh) * s.out_w + u->ow0) * s.channels +
-             b->channel;
-  }
+  EFFNET_INLINE void start_row(int oh) { row.start(a->output, a->shape, *b, *u, oh); }
 
   template <int Tile>
   EFFNET_INLINE void take(typename S::V (&sum)[Tile], int x, int v) const {
-    const int count = u->ow1 - u->ow0;
-    const bool partial = b->last_channels != S::lanes && v == b->vectors - 1;
-    if (p->prefetch_output) prefetch_tile<T, Tile>(output + v * S::lanes, a->shape, x, v);
-    activate_tile<S>(a->activation, sum);
-    store_tile<T>(output + v * S::lanes, a->shape.channels, sum, x, count, partial,
-                  b->last_channels);
-    if (sums != nullptr) sums->add(v, sum_of_tile<S>(sum, x, count));
+    row.template prefetch_below<Tile>(x, v);
+    activate_tile<S>(activation, sum);
+    row.store(sum, x, v);
+    if (sums != nullptr) sums->add(v, sum_of_tile<S>(sum, x, row.count));
   }
 
   EFFNET_INLINE void end_row() const {}
@@ -939,7 +1050,7 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
   Convolution<T> conv(s, p, scratch);
   PackedBatchNorm<F> bn(scratch, p);
   RowSums<S> sums(scratch, p);
-  const auto correlate = correlate_for<S, InferenceSink<T>>(s, p.tile);
+  const auto correlate = correlate_for<T, InferenceSink<T>>(s, p.tile);
 
   int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
@@ -951,7 +1062,8 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
     }
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      InferenceSink<T> sink{&a, &p, &u, &b, pooled == nullptr ? nullptr : &sums, nullptr};
+      InferenceSink<T> sink{
+          &a, &b, &u, a.activation, pooled == nullptr ? nullptr : &sums, OutputRow<T>(s, p, b, u)};
       if (pooled != nullptr) sums.clear(b.vectors);
       conv.run(u, input, bn.shift, correlate, sink);
       if (pooled != nullptr) store_pooled(pooled, sums.data(), unit, s, p, b);
@@ -973,6 +1085,7 @@ struct ConvolutionSink {
                   Scratch<F>& scratch)
       : a(&arguments),
         p(&plan),
+        batch_stats(arguments.batch_stats),
         totals(scratch, plan),
         squares(scratch, plan),
         origin(scratch.take(int64_t{plan.block_vectors} * L)),
@@ -986,10 +1099,13 @@ struct ConvolutionSink {
     squares.clear(b->vectors);
   }
 
+  void start_unit(const Unit& unit) {
+    u = &unit;
+    row = OutputRow<T>(a->shape, *p, *b, unit);
+  }
+
   EFFNET_INLINE void start_row(int oh) {
-    const DepthwiseShape& s = a->shape;
-    output = static_cast<T*>(a->conv) + ((u->n * s.out_h + oh) * s.out_w + u->ow0) * s.channels +
-             b->channel;
+    row.start(a->conv, a->shape, *b, *u, oh);
     // Deviations from the mean so far: exact enough when it is far from zero.
     const V before = S::set(total == 0 ? F(1) : F(1) / static_cast<F>(total));
     for (int v = 0; v < b->vectors; ++v) {
@@ -1001,14 +1117,13 @@ struct ConvolutionSink {
 
   template <int Tile>
   EFFNET_INLINE void take(V (&sum)[Tile], int x, int v) const {
-    const int count = u->ow1 - u->ow0;
-    const bool partial = b->last_channels != L && v == b->vectors - 1;
+    const int count = row.count;
     // Statistics of the stored values: those of others would not normalise them.
     EFFNET_UNROLL
     for (int t = 0; t < Tile; ++t) sum[t] = rounded<T>(sum[t]);
-    if (p->prefetch_output) prefetch_tile<T, Tile>(output + v * L, a->shape, x, v);
-    store_tile<T>(output + v * L, a->shape.channels, sum, x, count, partial, b->last_channels);
-    if (!a->batch_stats) return;
+    row.template prefetch_below<Tile>(x, v);
+    row.store(sum, x, v);
+    if (!batch_stats) return;
     V from = S::load(origin + v * L);
     if (total == 0 && x == 0) {
       // The first row's are from a value inside it, since the border sees zeros.
@@ -1030,8 +1145,8 @@ struct ConvolutionSink {
   }
 
   EFFNET_INLINE void end_row() {
-    if (!a->batch_stats) return;
-    const int count = u->ow1 - u->ow0;
+    if (!batch_stats) return;
+    const int count = row.count;
     total += count;
     const V columns = S::set(static_cast<F>(count));
     const V inverse = S::set(F(1) / static_cast<F>(total));
@@ -1048,12 +1163,13 @@ struct ConvolutionSink {
 
   const DepthwiseTraining* a;
   const DepthwisePlan* p;
+  bool batch_stats;
   const Unit* u;
   const Block* b;
   int64_t total;  // columns so far
   RowSums<S> totals, squares;
   F *origin, *row_sums, *row_squares;
-  T* output;
+  OutputRow<T> row;
 };
 
 template <class T>
@@ -1070,7 +1186,7 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
   ConvolutionSink<T> sink(a, p, scratch);
   F* zeros = scratch.take(int64_t{p.block_vectors} * L);
   clear(zeros, int64_t{p.block_vectors} * L);
-  const auto correlate = correlate_for<S, ConvolutionSink<T>>(s, p.tile);
+  const auto correlate = correlate_for<T, ConvolutionSink<T>>(s, p.tile);
 
   int packed = -1;
   for_each_item(p, begin, end, [&](int block, int64_t slot) {
@@ -1082,7 +1198,7 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
     sink.start(b);
     for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
       const Unit u = unit_at(s, p, unit);
-      sink.u = &u;
+      sink.start_unit(u);
       conv.run(u, input, zeros, correlate, sink);
     }
     if (a.batch_stats) {
@@ -1364,8 +1480,6 @@ struct Gradients {
     dz.data = scratch.take(size * dz_columns * (halo + 1));
     dz.depth = halo + 1;
     grad_row = scratch.take(size * grad_columns);
-    zeros = scratch.take(size * conv.in_columns);
-    clear(zeros, size * conv.in_columns);
     constant = scratch.take(size);
     slope = scratch.take(size);
     grad_pooled = scratch.take(size);
@@ -1383,11 +1497,9 @@ struct Gradients {
 
   static int64_t scratch_size(const DepthwiseShape& s, const DepthwisePlan& p) {
     const int64_t halo = (s.kernel - 1) / s.stride, columns = grad_input_columns(s, p);
-    const int64_t out = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     return Convolution<T>::scratch_size(s, p) +
            int64_t{p.block_vectors} * L *
-               ((columns / s.stride + halo) * (halo + 1) + columns +
-                ((out - 1) * s.stride + s.kernel) + 12 + s.kernel * s.kernel);
+               ((columns / s.stride + halo) * (halo + 1) + columns + 12 + s.kernel * s.kernel);
   }
 
   void run_dz_row(const Unit& u, int oh) {
@@ -1435,19 +1547,56 @@ struct Gradients {
     for (; dz.next < end; ++dz.next) {
       const int oh = dz.next;
       run_dz_row(u, oh);
-      if (a.grad_weight == nullptr || oh < u.oh0 || oh >= u.oh1) continue;
-      const int top = oh * s.stride - s.pad_top;
-      const int lo = greater(-top, 0), hi = lesser(s.kernel, s.in_h - top);
-      load_rows<T>(conv.ring, top + hi, static_cast<const T*>(a.input), s, u, b, conv.prologue,
-                   conv.activation);
-      const F* rows[kMaxKernel];
-      for (int i = 0; i < s.kernel; ++i) {
-        rows[i] = i < lo || i >= hi ? zeros : conv.ring.row(top + i, b.vectors);
-      }
-      loops.correlate_with_gradient(weight_sums,
-                                    dz.row(oh, b.vectors) + int64_t{u.ow0 - dz.columns.origin} * L,
-                                    dz_columns, u.ow1 - u.ow0, rows, conv.in_columns, b.vectors);
+      if (a.grad_weight != nullptr && oh >= u.oh0 && oh < u.oh1) add_to_weight(u, oh);
     }
+  }
+
+  // Whether the block's rows of the input and of its gradient are used where they lie: nothing to
+  // convert, and whole vectors.
+  bool in_place() const {
+    return sizeof(T) == sizeof(F) && !conv.prologue.present && b.last_channels == L;
+  }
+
+  void add_to_weight(const Unit& u, int oh) {
+    const int top = oh * s.stride - s.pad_top, left = u.ow0 * s.stride - s.pad_left;
+    const int count = u.ow1 - u.ow0;
+    InputRows<F> input;
+    input.lo = greater(-top, 0);
+    input.hi = lesser(s.kernel, s.in_h - top);
+    if (in_place()) {
+      if constexpr (sizeof(T) == sizeof(F)) {
+        const int64_t row_size = int64_t{s.in_w} * s.channels;
+        const F* image = static_cast<const F*>(a.input) + u.n * s.in_h * row_size + b.channel;
+        for (int i = input.lo; i < input.hi; ++i) input.rows[i] = image + (top + i) * row_size;
+        // The rows that the next row of dz adds to these.
+        for (int i = s.kernel; i < s.kernel + s.stride && top + i < s.in_h; ++i) {
+          prefetch_row(image + (top + i) * row_size + u.iw0 * s.channels, s.channels, u.iw1 - u.iw0,
+                       b);
+        }
+      }
+      input.pitch = L;
+      input.step = s.channels;
+      input.origin = left;
+      input.width = s.in_w;
+      input.first = lesser((greater(-left, 0) + s.stride - 1) / s.stride, count);
+      const int room = s.in_w - left - s.kernel;
+      input.last = greater(lesser(room < 0 ? 0 : room / s.stride + 1, count), input.first);
+    } else {
+      load_rows<T>(conv.ring, top + input.hi, static_cast<const T*>(a.input), s, u, b,
+                   conv.prologue, conv.activation);
+      for (int i = input.lo; i < input.hi; ++i) {
+        input.rows[i] = conv.ring.row(top + i, b.vectors);
+      }
+      input.pitch = int64_t{conv.in_columns} * L;
+      input.step = L;
+      input.origin = 0;
+      input.width = conv.in_columns;
+      input.first = 0;
+      input.last = count;
+    }
+    loops.correlate_with_gradient(weight_sums,
+                                  dz.row(oh, b.vectors) + int64_t{u.ow0 - dz.columns.origin} * L,
+                                  dz_columns, count, input, b.vectors);
   }
 
   // grad_input's row ih is in grad_row, from column iw0 - skip on.
@@ -1512,9 +1661,17 @@ struct Gradients {
           rows[row_count] = dz.row(oh, b.vectors);
           taps[row_count++] = i;
         }
-        loops.transpose(grad_row, grad_columns, rows, taps, row_count, dz_columns, conv.weight,
-                        b.vectors);
-        emit_row(u, ih, skip);
+        GradientRow<F> target{grad_row, int64_t{grad_columns} * L, L, 0, grad_columns};
+        const bool direct = in_place();
+        if constexpr (sizeof(T) == sizeof(F)) {
+          if (direct) {
+            F* row = static_cast<F*>(a.grad_input) +
+                     ((u.n * s.in_h + ih) * s.in_w + u.iw0 - skip) * s.channels + b.channel;
+            target = {row, L, s.channels, skip, skip + u.iw1 - u.iw0};
+          }
+        }
+        loops.transpose(target, rows, taps, row_count, dz_columns, conv.weight, b.vectors);
+        if (!direct) emit_row(u, ih, skip);
       }
     }
     run_dz_rows(u, u.oh1);
@@ -1556,7 +1713,7 @@ struct Gradients {
   Block b;
   int halo, grad_columns, dz_columns;
   Ring<S> dz;
-  F *grad_row, *zeros;
+  F* grad_row;
   F *constant, *slope, *grad_pooled, *weight_sums;
 };
 

@@ -131,6 +131,16 @@ struct FloatSimd {
 
   static EFFNET_INLINE V set(float x) { return _mm512_set1_ps(x); }
   static EFFNET_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  // sum += a * b in the register of sum: of the three forms of the instruction the compiler takes
+  // others too, and then copies.
+  static EFFNET_INLINE void accumulate(V& sum, V a, V b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+  // sum += *p * b, with the load in the same instruction.
+  static EFFNET_INLINE void accumulate_loaded(V& sum, const float* p, V b) {
+    using Unaligned = V __attribute__((aligned(4), may_alias));
+    asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const Unaligned*>(p)), "v"(b));
+  }
   static EFFNET_INLINE V min(V a, V b) { return _mm512_min_ps(b, a); }
   static EFFNET_INLINE V max(V a, V b) { return _mm512_max_ps(b, a); }
   static EFFNET_INLINE V if_positive(V x, V y) {
@@ -218,6 +228,16 @@ struct FloatSimd {
 
   static EFFNET_INLINE V set(float x) { return _mm256_set1_ps(x); }
   static EFFNET_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  // sum += a * b in the register of sum: of the three forms of the instruction the compiler takes
+  // others too, and then copies.
+  static EFFNET_INLINE void accumulate(V& sum, V a, V b) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  }
+  // sum += *p * b, with the load in the same instruction.
+  static EFFNET_INLINE void accumulate_loaded(V& sum, const float* p, V b) {
+    using Unaligned = V __attribute__((aligned(4), may_alias));
+    asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "m"(*reinterpret_cast<const Unaligned*>(p)), "x"(b));
+  }
   static EFFNET_INLINE V min(V a, V b) { return _mm256_min_ps(b, a); }
   static EFFNET_INLINE V max(V a, V b) { return _mm256_max_ps(b, a); }
   static EFFNET_INLINE V if_positive(V x, V y) {
@@ -304,6 +324,10 @@ struct FloatSimd {
 
   static EFFNET_INLINE V set(float x) { return V{x, x, x, x}; }
   static EFFNET_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static EFFNET_INLINE void accumulate(V& sum, V a, V b) { sum = a * b + sum; }
+  static EFFNET_INLINE void accumulate_loaded(V& sum, const Scalar* p, V b) {
+    sum = load(p) * b + sum;
+  }
   static EFFNET_INLINE V min(V a, V b) { return b < a ? b : a; }
   static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
   static EFFNET_INLINE V if_positive(V x, V y) { return x > set(0.f) ? y : set(0.f); }
@@ -357,6 +381,10 @@ struct DoubleSimd {
 
   static EFFNET_INLINE V set(double x) { return x; }
   static EFFNET_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  static EFFNET_INLINE void accumulate(V& sum, V a, V b) { sum = a * b + sum; }
+  static EFFNET_INLINE void accumulate_loaded(V& sum, const Scalar* p, V b) {
+    sum = load(p) * b + sum;
+  }
   static EFFNET_INLINE V min(V a, V b) { return b < a ? b : a; }
   static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
   static EFFNET_INLINE V if_positive(V x, V y) { return x > 0 ? y : 0; }
