@@ -114,6 +114,13 @@ class __attribute__((visibility("hidden"))) Checks {
     return t.const_data_ptr();
   }
 
+  BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                       const OptionalTensor& bias, double eps, int64_t c) const {
+    STD_TORCH_CHECK(eps >= 0, op_, ": eps must be at least 0, not ", eps);
+    return {channel_vector("mean", mean, c), channel_vector("var", var, c),
+            channel_vector("bn_weight", weight, c), channel_vector("bn_bias", bias, c), eps};
+  }
+
   const void* accumulated(const char* name, const OptionalTensor& t,
                           std::initializer_list<int64_t> shape) const {
     return t ? accumulated(name, *t, shape) : nullptr;
@@ -247,9 +254,7 @@ inline DepthwiseInference check_depthwise_inference(
   a.shape = s;
   a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
   a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
-  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
-          check.channel_vector("bn_weight", bn_weight, c),
-          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
   a.activation = check.activation("activation", activation);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
   a.output = const_cast<void*>(check.channels_last("output", output, n, c, s.out_h, s.out_w));
@@ -272,9 +277,7 @@ inline DepthwiseTraining check_depthwise_training(
   a.shape = s;
   a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
   a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
-  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
-          check.channel_vector("bn_weight", bn_weight, c),
-          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
   a.activation = check.activation("activation", activation);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
   a.batch_stats = batch_stats;
@@ -307,9 +310,7 @@ inline DepthwiseBackward check_depthwise_backward(
   a.grad_output = check.channels_last("grad_output", grad_output, n, c, s.out_h, s.out_w);
   a.grad_pooled = check.accumulated("grad_pooled", grad_pooled, {n, c});
   a.conv = check.channels_last("conv", conv, n, c, s.out_h, s.out_w);
-  a.bn = {check.channel_vector("mean", mean, c), check.channel_vector("var", var, c),
-          check.channel_vector("bn_weight", bn_weight, c),
-          check.channel_vector("bn_bias", bn_bias, c), eps};
+  a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
   a.activation = check.activation("activation", activation);
   a.batch_stats = batch_stats;
   a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);

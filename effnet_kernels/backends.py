@@ -182,6 +182,23 @@ def select(op: str, input: Tensor, faster: str | None = None) -> str:
     return EAGER
 
 
+def takes_as_given(input: Any) -> bool:
+    """Whether a call on ``input`` goes to the CPU kernels for certain, with no gradient, autocast,
+    tracing or subclass to think of. Its arguments have not been checked.
+    """
+    return (
+        input.__class__ is Tensor
+        and input.is_cpu
+        and not torch.is_grad_enabled()
+        and _demanded in (None, CPU.name)
+        and not _disabled
+        and CPU.missing is None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and input.numel() > 0
+    )
+
+
 @functools.cache
 def _warn_eager(op: str, device: str, dtype: torch.dtype) -> None:
     reasons = "; ".join(

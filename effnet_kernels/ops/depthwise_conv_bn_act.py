@@ -53,6 +53,8 @@ from effnet_kernels.activations import EAGER, Activation, activation_code
 from effnet_kernels.ops import checks, library
 
 OP = "depthwise_conv_bn_act"
+# Plain ints: the dispatcher takes several microseconds to see that an enum's member is one.
+_CODES = {activation.name: int(activation) for activation in Activation}
 
 
 class Prologue(NamedTuple):
@@ -141,6 +143,14 @@ def depthwise_conv_bn_act(
             come before any kernel runs.
         RuntimeError: the backend that ``use_backend`` demands cannot take the call.
     """
+    if not training and backends.takes_as_given(input):
+        result = _inference_as_given(
+            input, weight, running_mean, running_var, bn_weight, bn_bias,
+            stride, padding, dilation, eps, activation, pool, prologue,
+        )  # fmt: skip
+        if result is not None:
+            return result
+
     checks.check_image("input", input)
     device = input.device
     if (
@@ -175,7 +185,6 @@ def depthwise_conv_bn_act(
         raise TypeError(f"eps: got {type(eps).__name__}, expected a float")
     if not eps >= 0:
         raise ValueError(f"eps: got {eps}, expected a number >= 0")
-    # Plain ints: the dispatcher takes several microseconds to see that an enum's member is one.
     code = int(activation_code("activation", activation))
     prologue_code = int(Activation.identity)
     if prologue is not None:
@@ -230,6 +239,58 @@ def depthwise_conv_bn_act(
         batch_mean if training else None,
         batch_var if training else None,
     )
+
+
+def _inference_as_given(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    eps: float,
+    activation: str,
+    pool: bool,
+    prologue: Prologue | None,
+) -> DepthwiseConvBnActOutput | None:
+    """A call in inference on CPU tensors that needs no conversion, or None where it needs one.
+
+    The compiled op checks its arguments before it runs. That is enough for a call that is right;
+    for any other the checks in Python find the words. They take longer than the op's own, above all
+    in a model, where the layers between two calls have emptied the processor's caches.
+    """
+    if stride.__class__ is not int:
+        stride = checks.one_or_pair("stride", stride)
+    if padding.__class__ is int:
+        pads = (padding,) * 4
+    elif input.ndim == 4 and isinstance(weight, Tensor) and weight.ndim == 4 and stride in (1, 2):
+        pads = _padding(padding, input, weight.shape[2], stride)
+    else:
+        return None
+    if dilation != 1 and checks.one_or_pair("dilation", dilation) != 1:
+        return None
+    code = _CODES.get(activation)
+    scale = shift = None
+    prologue_code: int | None = 0
+    if prologue is not None:
+        if prologue.__class__ is not Prologue:
+            return None
+        scale, shift, prologue_code = (
+            prologue.scale,
+            prologue.shift,
+            _CODES.get(prologue.activation),
+        )
+    try:
+        output, pooled = _INFERENCE[backends.CPU.name](
+            input, weight, running_mean, running_var, bn_weight, bn_bias, eps, stride, pads, code,
+            scale, shift, prologue_code, pool,
+        )  # fmt: skip
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return DepthwiseConvBnActOutput(output, pooled if pool else None, None, None)
 
 
 def reference(
