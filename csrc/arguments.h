@@ -88,4 +88,62 @@ struct DepthwiseBackward {
   void* grad_prologue_shift;
 };
 
+// sums[n, c] = sum over pixels of input, or of input * other where that is given. (N, C) tensors
+// have the accumulate dtype here and below; images are dense channels-last.
+struct ChannelSums {
+  Dtype dtype;
+  int64_t batch, pixels;
+  int channels;
+  const void* input;
+  const void* other;  // or null
+  void* sums;
+};
+
+// output = input * scale[n, c] + shift[n, c]; no shift where it is null.
+struct ChannelScale {
+  Dtype dtype;
+  int64_t batch, pixels;
+  int channels;
+  const void* input;
+  const void* scale;
+  const void* shift;  // or null
+  void* output;
+};
+
+// hidden = reduce_weight (pooled / pixels) + reduce_bias,
+// gate = gate_activation(expand_weight activation(hidden) + expand_bias).
+struct SqueezeExciteGate {
+  Dtype weight_dtype;
+  Dtype accumulate;
+  int64_t batch, pixels;
+  int channels, squeezed;
+  const void* pooled;         // (N, C)
+  const void* reduce_weight;  // (S, C), weight_dtype
+  const void* reduce_bias;    // (S,), weight_dtype, or null
+  const void* expand_weight;  // (C, S)
+  const void* expand_bias;    // (C,), or null
+  Activation activation, gate_activation;
+  void* hidden;  // (N, S)
+  void* gate;    // (N, C)
+};
+
+struct SqueezeExciteGateBackward {
+  Dtype weight_dtype;
+  Dtype accumulate;
+  int64_t batch, pixels;
+  int channels, squeezed;
+  const void* grad_gate;  // (N, C)
+  const void* pooled;
+  const void* hidden;
+  const void* gate;
+  const void* reduce_weight;
+  const void* expand_weight;
+  Activation activation, gate_activation;
+  void* grad_pooled;         // (N, C)
+  void* grad_reduce_weight;  // (S, C), weight_dtype
+  void* grad_reduce_bias;    // (S,), weight_dtype
+  void* grad_expand_weight;  // (C, S)
+  void* grad_expand_bias;    // (C,)
+};
+
 }  // namespace effnet

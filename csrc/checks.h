@@ -82,6 +82,19 @@ class __attribute__((visibility("hidden"))) Checks {
     return t.const_data_ptr();
   }
 
+  // Contiguous, of the call's dtype.
+  const void* matrix(const char* name, const Tensor& t,
+                     std::initializer_list<int64_t> shape) const {
+    dense(name, t, shape);
+    has_dtype(name, t, dtype_);
+    return t.const_data_ptr();
+  }
+
+  const void* matrix(const char* name, const OptionalTensor& t,
+                     std::initializer_list<int64_t> shape) const {
+    return t ? matrix(name, *t, shape) : nullptr;
+  }
+
   // The weight of a depthwise convolution: (C, 1, k, k), contiguous, of the call's dtype.
   const void* depthwise_weight(const char* name, const Tensor& t, int64_t c, int64_t k) const {
     on_device(name, t);
@@ -336,6 +349,116 @@ inline DepthwiseBackward check_depthwise_backward(
       "depthwise_conv_bn_act_backward_out: grad_prologue_scale and "
       "grad_prologue_shift must be given exactly when there are a prologue and a "
       "grad_input");
+  return a;
+}
+
+// Extents that fit the kernels' integers.
+inline void check_image_extents(const Checks& check, const Tensor& t, int64_t& batch,
+                                int64_t& pixels, int& channels) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
+  STD_TORCH_CHECK(t.dim() == 4 && t.numel() > 0, "input must be (N, C, H, W) and not empty");
+  batch = t.size(0);
+  channels = check.integer("input.size(1)", t.size(1), 1, kMax);
+  pixels = t.size(2) * t.size(3);
+}
+
+inline ChannelSums check_channel_sums(const Tensor& input, const OptionalTensor& other,
+                                      const Tensor& sums) {
+  const Checks check("channel_sums_out", "input", input);
+  ChannelSums a{};
+  a.dtype = check.dtype();
+  check_image_extents(check, input, a.batch, a.pixels, a.channels);
+  const int64_t n = a.batch, c = a.channels, h = input.size(2), w = input.size(3);
+  a.input = check.channels_last("input", input, n, c, h, w);
+  a.other = other ? check.channels_last("other", *other, n, c, h, w) : nullptr;
+  a.sums = const_cast<void*>(check.accumulated("sums", sums, {n, c}));
+  return a;
+}
+
+inline ChannelScale check_channel_scale(const Tensor& input, const Tensor& scale,
+                                        const OptionalTensor& shift, const Tensor& output) {
+  const Checks check("channel_scale_out", "input", input);
+  ChannelScale a{};
+  a.dtype = check.dtype();
+  check_image_extents(check, input, a.batch, a.pixels, a.channels);
+  const int64_t n = a.batch, c = a.channels, h = input.size(2), w = input.size(3);
+  a.input = check.channels_last("input", input, n, c, h, w);
+  a.scale = check.accumulated("scale", scale, {n, c});
+  a.shift = check.accumulated("shift", shift, {n, c});
+  a.output = const_cast<void*>(check.channels_last("output", output, n, c, h, w));
+  return a;
+}
+
+// The extents and dtypes of a gate, for both directions. pooled: float32, float64 beside weights of
+// float64.
+template <class Gate>
+void check_gate(const char* op, Gate& a, const Checks& weights, const Tensor& pooled,
+                int64_t pixels, const Tensor& reduce_weight, int64_t activation,
+                int64_t gate_activation) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
+  STD_TORCH_CHECK(pooled.dim() == 2 && pooled.numel() > 0, op,
+                  ": pooled must be (N, C) and not empty");
+  STD_TORCH_CHECK(reduce_weight.dim() == 2, op, ": reduce_weight must be (S, C)");
+  a.weight_dtype = weights.dtype();
+  a.accumulate = accumulate_dtype(a.weight_dtype);
+  a.batch = pooled.size(0);
+  a.channels = weights.integer("pooled.size(1)", pooled.size(1), 1, kMax);
+  a.squeezed = weights.integer("reduce_weight.size(0)", reduce_weight.size(0), 1, kMax);
+  STD_TORCH_CHECK(pixels >= 1, op, ": pixels must be at least 1, not ", pixels);
+  a.pixels = pixels;
+  a.activation = weights.activation("activation", activation);
+  a.gate_activation = weights.activation("gate_activation", gate_activation);
+  STD_TORCH_CHECK(
+      a.gate_activation == Activation::sigmoid || a.gate_activation == Activation::hardsigmoid, op,
+      ": gate_activation must be sigmoid or hardsigmoid");
+}
+
+inline SqueezeExciteGate check_squeeze_excite_gate(const Tensor& pooled, int64_t pixels,
+                                                   const Tensor& reduce_weight,
+                                                   const OptionalTensor& reduce_bias,
+                                                   const Tensor& expand_weight,
+                                                   const OptionalTensor& expand_bias,
+                                                   int64_t activation, int64_t gate_activation,
+                                                   const Tensor& hidden, const Tensor& gate) {
+  const char* op = "squeeze_excite_gate_out";
+  const Checks check(op, "reduce_weight", reduce_weight);
+  SqueezeExciteGate a{};
+  check_gate(op, a, check, pooled, pixels, reduce_weight, activation, gate_activation);
+  const int64_t n = a.batch, c = a.channels, s = a.squeezed;
+  a.pooled = check.accumulated("pooled", pooled, {n, c});
+  a.reduce_weight = check.matrix("reduce_weight", reduce_weight, {s, c});
+  a.reduce_bias = check.matrix("reduce_bias", reduce_bias, {s});
+  a.expand_weight = check.matrix("expand_weight", expand_weight, {c, s});
+  a.expand_bias = check.matrix("expand_bias", expand_bias, {c});
+  a.hidden = const_cast<void*>(check.accumulated("hidden", hidden, {n, s}));
+  a.gate = const_cast<void*>(check.accumulated("gate", gate, {n, c}));
+  return a;
+}
+
+inline SqueezeExciteGateBackward check_squeeze_excite_gate_backward(
+    const Tensor& grad_gate, const Tensor& pooled, int64_t pixels, const Tensor& hidden,
+    const Tensor& gate, const Tensor& reduce_weight, const Tensor& expand_weight,
+    int64_t activation, int64_t gate_activation, const Tensor& grad_pooled,
+    const Tensor& grad_reduce_weight, const Tensor& grad_reduce_bias,
+    const Tensor& grad_expand_weight, const Tensor& grad_expand_bias) {
+  const char* op = "squeeze_excite_gate_backward_out";
+  const Checks check(op, "reduce_weight", reduce_weight);
+  SqueezeExciteGateBackward a{};
+  check_gate(op, a, check, pooled, pixels, reduce_weight, activation, gate_activation);
+  const int64_t n = a.batch, c = a.channels, s = a.squeezed;
+  a.grad_gate = check.accumulated("grad_gate", grad_gate, {n, c});
+  a.pooled = check.accumulated("pooled", pooled, {n, c});
+  a.hidden = check.accumulated("hidden", hidden, {n, s});
+  a.gate = check.accumulated("gate", gate, {n, c});
+  a.reduce_weight = check.matrix("reduce_weight", reduce_weight, {s, c});
+  a.expand_weight = check.matrix("expand_weight", expand_weight, {c, s});
+  a.grad_pooled = const_cast<void*>(check.accumulated("grad_pooled", grad_pooled, {n, c}));
+  a.grad_reduce_weight =
+      const_cast<void*>(check.matrix("grad_reduce_weight", grad_reduce_weight, {s, c}));
+  a.grad_reduce_bias = const_cast<void*>(check.matrix("grad_reduce_bias", grad_reduce_bias, {s}));
+  a.grad_expand_weight =
+      const_cast<void*>(check.matrix("grad_expand_weight", grad_expand_weight, {c, s}));
+  a.grad_expand_bias = const_cast<void*>(check.matrix("grad_expand_bias", grad_expand_bias, {c}));
   return a;
 }
 

@@ -29,6 +29,20 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!) grad_bn_weight, Tensor(d!) grad_bn_bias, "
       "Tensor(e!)? grad_prologue_scale, Tensor(f!)? grad_prologue_shift) -> ()");
+  // sums[n, c] = sum over pixels of input, or of input * other.
+  m.def("channel_sums_out(Tensor input, Tensor? other, Tensor(a!) sums) -> ()");
+  // output = input * scale[n, c] (+ shift[n, c]).
+  m.def("channel_scale_out(Tensor input, Tensor scale, Tensor? shift, Tensor(a!) output) -> ()");
+  m.def(
+      "squeeze_excite_gate_out(Tensor pooled, int pixels, Tensor reduce_weight, "
+      "Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, int activation, "
+      "int gate_activation, Tensor(a!) hidden, Tensor(b!) gate) -> ()");
+  m.def(
+      "squeeze_excite_gate_backward_out(Tensor grad_gate, Tensor pooled, int pixels, "
+      "Tensor hidden, Tensor gate, Tensor reduce_weight, Tensor expand_weight, int activation, "
+      "int gate_activation, Tensor(a!) grad_pooled, Tensor(b!) grad_reduce_weight, "
+      "Tensor(c!) grad_reduce_bias, Tensor(d!) grad_expand_weight, Tensor(e!) grad_expand_bias) "
+      "-> ()");
   // The instruction set that the CPU kernels use, and those this processor has, best first.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");

@@ -226,5 +226,13 @@ def _cpp_kernel(name: str) -> Any:
 
 @functools.cache
 def _triton_kernel(name: str) -> Any:
-    op = name.removesuffix("_out").removesuffix("_train").removesuffix("_backward")
+    op = {
+        "channel_sums_out": "squeeze_excite",
+        "channel_scale_out": "squeeze_excite",
+        "squeeze_excite_gate_out": "squeeze_excite",
+        "squeeze_excite_gate_backward_out": "squeeze_excite",
+        "depthwise_conv_bn_act_out": "depthwise_conv_bn_act",
+        "depthwise_conv_bn_act_train_out": "depthwise_conv_bn_act",
+        "depthwise_conv_bn_act_backward_out": "depthwise_conv_bn_act",
+    }[name]
     return getattr(importlib.import_module(f"effnet_kernels.triton.{op}"), name)

@@ -5,34 +5,18 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
 #include "isa.h"
+#include "memory.h"
 #include "results.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace effnet {
 namespace {
 
-const DepthwiseKernels& kernels_for(Dtype dtype) {
-  const Isa isa = cpu_isa();
-#if defined(__x86_64__)
-  if (dtype != Dtype::float64) {
-    if (isa == Isa::avx512 && dtype == Dtype::bfloat16 && has_avx512bf16()) {
-      return *avx512bf16::depthwise_kernels(dtype);
-    }
-    if (isa == Isa::avx512) return *avx512::depthwise_kernels(dtype);
-    if (isa == Isa::avx2) return *avx2::depthwise_kernels(dtype);
-  }
-#endif
-  return *baseline::depthwise_kernels(dtype);
-}
+constexpr KernelsByIsa<DepthwiseKernels> kernels_for = EFFNET_KERNELS_BY_ISA(depthwise_kernels);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -123,21 +107,6 @@ int forward_rings(const Arguments& a, const DepthwiseKernels& k, int64_t element
   return in_place ? 0 : 1;
 }
 
-// Before the first write to a tensor: new memory then costs a fault every 2 MiB, not every 4 KiB.
-// Only pages that lie in the tensor as a whole are asked for; it does nothing to memory in use.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  // Refused, it is slower and no worse.
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
 int64_t input_bytes(const DepthwiseShape& s, int64_t element_size) {
   return s.batch * s.channels * s.in_h * s.in_w * element_size;
 }
@@ -145,18 +114,6 @@ int64_t input_bytes(const DepthwiseShape& s, int64_t element_size) {
 int64_t output_bytes(const DepthwiseShape& s, int64_t element_size) {
   return s.batch * s.channels * s.out_h * s.out_w * element_size;
 }
-
-class Memory {
- public:
-  explicit Memory(size_t bytes) : data_(::operator new(bytes, std::align_val_t(64))) {}
-  ~Memory() { ::operator delete(data_, std::align_val_t(64)); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  void* get() const { return data_; }
-
- private:
-  void* data_;
-};
 
 // What one call needs to run its items in parallel.
 class Runner {
@@ -196,17 +153,6 @@ class Runner {
   size_t scratch_bytes_;
   double threads_;
 };
-
-int64_t element_size(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64:
-      return 8;
-    case Dtype::float32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 // The sums of an image from those of its bands and strips.
 template <class F>
@@ -324,17 +270,9 @@ void run(const DepthwiseBackward& a) {
 
 // ---- The functional ops (effnet_kernels/ops/depthwise_conv_bn_act.py has their schemas). ----
 
-Tensor channels_last(const Tensor& t) {
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
 // The pooled sums, or what stands for them where they are not asked for.
 Tensor empty_pooled(const Tensor& input, bool pool) {
   return pool ? empty_sums(input, {input.size(0), input.size(1)}) : empty_sums(input, {0});
-}
-
-OptionalTensor given_if(bool wanted, const Tensor& t) {
-  return wanted ? OptionalTensor(t) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, Tensor var,

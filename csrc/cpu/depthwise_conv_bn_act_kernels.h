@@ -633,25 +633,6 @@ struct Parts {
   EFFNET_INLINE typename S::V sum() const { return (part[0] + part[1]) + (part[2] + part[3]); }
 };
 
-// sum + lost is the exact total but for second-order errors, whatever the size of the summands
-// (Knuth's TwoSum).
-template <class S>
-struct ExactSum {
-  using V = typename S::V;
-  V sum, lost;
-  EFFNET_INLINE ExactSum() : sum(S::set(0.f)), lost(S::set(0.f)) {}
-  EFFNET_INLINE ExactSum(V s, V l) : sum(s), lost(l) {}
-  EFFNET_INLINE void add(V x) {
-    const V next = sum + x, part = next - sum;
-    lost = lost + ((sum - (next - part)) + (x - part));
-    sum = next;
-  }
-  EFFNET_INLINE void add(const ExactSum& x) {
-    add(x.sum);
-    lost = lost + x.lost;
-  }
-};
-
 // Sums over many rows, one for each of the block's vectors.
 template <class S>
 class RowSums {

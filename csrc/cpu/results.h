@@ -1,11 +1,12 @@
-// The results that the functional ops of csrc/cpu allocate. `effnet_kernels/ops` allocates the same
-// for other devices and for the fakes.
+// What the functional ops of csrc/cpu make of their arguments, and the results that they allocate.
+// `effnet_kernels/ops` allocates the same for other devices and for the fakes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace effnet {
 
@@ -23,6 +24,15 @@ inline torch::stable::Tensor empty_sums(const torch::stable::Tensor& like,
   const ScalarType type =
       like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return torch::stable::empty(size, type, std::nullopt, like.device());
+}
+
+// `t` itself where it is dense channels-last.
+inline torch::stable::Tensor channels_last(const torch::stable::Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+inline std::optional<torch::stable::Tensor> given_if(bool wanted, const torch::stable::Tensor& t) {
+  return wanted ? std::optional(t) : std::nullopt;
 }
 
 }  // namespace effnet

@@ -411,6 +411,25 @@ struct SimdOf<double> {
 template <class T>
 using Simd = typename SimdOf<T>::type;
 
+// sum + lost is the exact total but for second-order errors, whatever the size of the summands
+// (Knuth's TwoSum).
+template <class S>
+struct ExactSum {
+  using V = typename S::V;
+  V sum, lost;
+  EFFNET_INLINE ExactSum() : sum(S::set(0.f)), lost(S::set(0.f)) {}
+  EFFNET_INLINE ExactSum(V s, V l) : sum(s), lost(l) {}
+  EFFNET_INLINE void add(V x) {
+    const V next = sum + x, part = next - sum;
+    lost = lost + ((sum - (next - part)) + (x - part));
+    sum = next;
+  }
+  EFFNET_INLINE void add(const ExactSum& x) {
+    add(x.sum);
+    lost = lost + x.lost;
+  }
+};
+
 // SiLU of N vectors, as one quotient.
 template <class S, int N>
 EFFNET_INLINE void silu(typename S::V (&x)[N]) {

@@ -7,5 +7,12 @@ from effnet_kernels.ops.depthwise_conv_bn_act import (
     Prologue,
     depthwise_conv_bn_act,
 )
+from effnet_kernels.ops.squeeze_excite import squeeze_excite, squeeze_excite_gate
 
-__all__ = ["DepthwiseConvBnActOutput", "Prologue", "depthwise_conv_bn_act"]
+__all__ = [
+    "DepthwiseConvBnActOutput",
+    "Prologue",
+    "depthwise_conv_bn_act",
+    "squeeze_excite",
+    "squeeze_excite_gate",
+]

@@ -12,16 +12,24 @@ import functools
 import importlib
 import itertools
 import os
+import random
 
 import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from ops.depthwise_cases import CASES, Case, make_arguments, run
 from ops.test_depthwise_conv_bn_act import check
+from ops.test_squeeze_excite import CASES as SQUEEZE_EXCITE_CASES
+from ops.test_squeeze_excite import Case as SqueezeExciteCase
+from ops.test_squeeze_excite import check as check_squeeze_excite
+from ops.test_squeeze_excite import make_tensors
+from ops.test_squeeze_excite import run as run_squeeze_excite
+from ops.test_squeeze_excite import test_gate_is_the_gate as check_gate
 
 from effnet_kernels import backends
 
 op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
+squeeze_excite = importlib.import_module("effnet_kernels.ops.squeeze_excite")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,7 +37,10 @@ torch.ops.load_library(os.environ["CUDA_EMULATOR_LIBRARY"])
 backends._cpp_kernel = lambda name: getattr(torch.ops.effnet_kernels_emulator, name).default
 _ON_CPU = torch.library.Library("effnet_kernels", "IMPL")
 for _name, _implementation in (
-    (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward)
+    (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward),
+    (squeeze_excite.OP, squeeze_excite._forward),
+    (f"{squeeze_excite.OP}_backward", squeeze_excite._backward),
+    (f"{squeeze_excite.OP}_gate", squeeze_excite._gate),
 ):  # fmt: skip
     _ON_CPU.impl(
         _name, functools.partial(_implementation, backends.CUDA.name), "CPU", allow_override=True
@@ -145,3 +156,111 @@ def test_float64_is_refused() -> None:
     arguments = make_arguments(case, torch.float64, "cpu")
     with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
         run(case, arguments, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SQUEEZE_EXCITE_CASES, ids=str)
+def test_squeeze_excite_error_rule(case: SqueezeExciteCase, dtype: torch.dtype) -> None:
+    """As for the depthwise op."""
+    check_squeeze_excite(case, dtype, "cpu")
+
+
+_draw = random.Random(0).choice
+# Every channel count with every squeezed one, the options drawn.
+SQUEEZE_EXCITE_SHAPES = [
+    SqueezeExciteCase(
+        _draw((1, 3)),
+        channels,
+        squeezed,
+        *_draw(((1, 1), (7, 7), (9, 5))),
+        activation=_draw(("relu", "silu", "hardswish")),
+        gate=_draw(("sigmoid", "hardsigmoid")),
+        pooled=_draw((False, True)),
+        biases=_draw((False, True)),
+        weight_dtype=_draw((None, torch.float32)),
+    )
+    for channels, squeezed in itertools.product((8, 13, 24, 96, 1152), (1, 4, 6, 48))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SQUEEZE_EXCITE_SHAPES, ids=str)
+def test_squeeze_excite_shapes(
+    case: SqueezeExciteCase, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    """Extents that allow 16-byte loads in one matrix, in both or in none."""
+    check_squeeze_excite(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SqueezeExciteCase(130, 40, 20, 2, 1),  # more images than a block stages together
+        SqueezeExciteCase(2, 2072, 40, 2, 2),  # columns in several turns of a block's lanes
+        SqueezeExciteCase(1, 24, 600, 3, 3),  # more squeezed values than threads
+        SqueezeExciteCase(1, 8, 13000, 1, 1),  # and more shared memory than 48 KB
+    ],
+    ids=str,
+)
+def test_squeeze_excite_beyond_a_block(case: SqueezeExciteCase) -> None:
+    """Extents that a block takes in several turns."""
+    check_squeeze_excite(case, torch.float32, "cpu")
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values and strides, beginning between two 16-byte boundaries."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    result = storage[1:].as_strided(tensor.shape, tensor.stride())
+    assert result.data_ptr() % 16
+    return result.copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squeeze_excite_unaligned(dtype: torch.dtype) -> None:
+    """Tensors that begin between two 16-byte boundaries give what aligned ones give."""
+    case = SqueezeExciteCase(2, 24, 8, 5, 4, pooled=True)
+    tensors = make_tensors(case, dtype, "cpu")
+    gradient, image, pooled, *weights = (
+        tensors[name]
+        for name in (
+            "grad_output", "input", "pooled",
+            "reduce_weight", "reduce_bias", "expand_weight", "expand_bias",
+        )
+    )  # fmt: skip
+    results = []
+    for move in (lambda t: t, shifted):
+        output, _, hidden, gate = squeeze_excite._forward(
+            backends.CUDA.name, move(image), move(pooled), *map(move, weights), 3, 5
+        )
+        grads = squeeze_excite._backward(
+            backends.CUDA.name, move(gradient), move(image), move(pooled), True, move(hidden),
+            move(gate), move(weights[0]), move(weights[2]), 3, 5,
+        )  # fmt: skip
+        results.append((output, gate, *grads))
+    for aligned, unaligned in zip(*results, strict=True):
+        torch.testing.assert_close(unaligned, aligned)
+
+
+def test_squeeze_excite_deterministic(multiprocessors: int) -> None:
+    """The same bits, whatever the order of blocks and threads."""
+    case = SqueezeExciteCase(5, 40, 10, 13, 11)
+    tensors = make_tensors(case, torch.bfloat16, "cpu")
+    first, second = (run_squeeze_excite(case, tensors, "cpu") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_squeeze_excite_gate() -> None:
+    """The gate alone is the one that the image is scaled by."""
+    check_gate("cpu")
+
+
+def test_squeeze_excite_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors, not wrong results: float64; hidden values beyond the shared memory."""
+    case = SqueezeExciteCase(1, 8, 2, 6, 6)
+    with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
+        run_squeeze_excite(case, make_tensors(case, torch.float64, "cpu"), "cpu")
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(100 * 1024))
+    case = SqueezeExciteCase(1, 1, 25345, 1, 1)
+    with pytest.raises(RuntimeError, match=r"reduce_weight.size\(0\) must be at most 25344"):
+        run_squeeze_excite(case, make_tensors(case, torch.float32, "cpu"), "cpu")

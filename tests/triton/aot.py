@@ -52,6 +52,24 @@ class Case:
         )
 
 
+@dataclass(frozen=True)
+class SqueezeExciteCase:
+    """One call of squeeze-and-excitation."""
+
+    mode: str
+    """forward or backward."""
+    dtype: str
+    channels: int
+    squeezed: int
+    size: int
+
+    def __str__(self) -> str:
+        return (
+            f"squeeze_excite {self.mode} {self.dtype} {self.channels}x{self.size}x{self.size} "
+            f"s{self.squeezed}"
+        )
+
+
 # Layers of EfficientNet-B0 at 224, B4 at 380 and V2-S at 384, and what no model has but a user may.
 CASES = (
     Case("inference", "bfloat16", 32, 112, 3, 1, pool=True),
@@ -75,6 +93,16 @@ CASES = (
     Case("backward", "float32", 240, 28, 5, 1),
     Case("backward", "bfloat16", 96, 14, 7, 1, prologue=True),
     Case("backward", "float32", 96, 28, 7, 2),
+    *(
+        SqueezeExciteCase(mode, dtype, *extents)
+        for mode in ("forward", "backward")
+        for dtype, *extents in (
+            ("bfloat16", 32, 8, 112),
+            ("bfloat16", 480, 20, 14),
+            ("bfloat16", 1152, 48, 7),
+            ("float32", 672, 28, 14),
+        )
+    ),
 )
 
 
@@ -96,8 +124,16 @@ class Driver:
         return self.target
 
 
-def call(case: Case) -> None:
-    """Runs the launcher of ``case`` on tensors whose values do not matter."""
+def call(case: Case | SqueezeExciteCase) -> None:
+    """Runs the launchers of ``case`` on tensors whose values do not matter."""
+    if isinstance(case, Case):
+        call_depthwise(case)
+    else:
+        call_squeeze_excite(case)
+
+
+def call_depthwise(case: Case) -> None:
+    """Runs the one launcher of ``case``."""
     import torch
 
     from effnet_kernels.activations import Activation
@@ -136,6 +172,40 @@ def call(case: Case) -> None:
             x, weight, *geometry, *prologue, image(extent), torch.empty_like(weight),
             vector(), vector(), *prologue_grads,
         )  # fmt: skip
+
+
+def call_squeeze_excite(case: SqueezeExciteCase) -> None:
+    """Runs the three launchers of ``case``, in their order."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import squeeze_excite as op
+
+    dtype = getattr(torch, case.dtype)
+    N, C, S, pixels = 2, case.channels, case.squeezed, case.size**2
+    x, y = (
+        torch.empty((N, C, case.size, case.size), dtype=dtype, memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    pooled, shift, grad_gate, gate, hidden = (torch.empty(N, k) for k in (C, C, C, C, S))
+    reduce_weight, expand_weight = torch.empty(S, C, dtype=dtype), torch.empty(C, S, dtype=dtype)
+    reduce_bias, expand_bias = torch.empty(S, dtype=dtype), torch.empty(C, dtype=dtype)
+    activations = Activation.silu, Activation.sigmoid
+    if case.mode == "forward":
+        op.channel_sums_out(x, None, pooled)
+        op.squeeze_excite_gate_out(
+            pooled, pixels, reduce_weight, reduce_bias, expand_weight, expand_bias, *activations,
+            hidden, gate,
+        )  # fmt: skip
+        op.channel_scale_out(x, gate, None, y)
+    else:
+        op.channel_sums_out(y, x, grad_gate)
+        op.squeeze_excite_gate_backward_out(
+            grad_gate, pooled, pixels, hidden, gate, reduce_weight, expand_weight, *activations,
+            shift, torch.empty_like(reduce_weight), reduce_bias, torch.empty_like(expand_weight),
+            expand_bias,
+        )  # fmt: skip
+        op.channel_scale_out(y, gate, shift, x)
 
 
 def cuobjdump(cubin: bytes, *options: str) -> str:

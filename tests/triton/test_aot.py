@@ -55,3 +55,12 @@ def test_activations_load_16_bytes(architecture: str, compiled: dict[str, Any]) 
         assert "16" not in used["loads"], kernel
         assert "64" not in used["loads"], kernel
         assert used["loads"]["128"] >= 10, kernel
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_channel_kernels_load_16_bytes(architecture: str, compiled: dict[str, Any]) -> None:
+    """The pooling and the scaling of an image load nothing by less than 16 bytes."""
+    found = {k: used["loads"] for k, used in compiled[architecture].items() if "channel_" in k}
+    assert found
+    for kernel, loads in found.items():
+        assert loads.keys() == {"128"}, kernel
