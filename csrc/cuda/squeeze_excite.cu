@@ -6,13 +6,7 @@
 
 #include "../checks.h"
 #include "../ops.h"
-
-// For the tiling of rows, workspaces and reductions. Of the kernels that come with them, the
-// statistics' is no template, and not used here.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"
-#include "depthwise_conv_bn_act_launches.cuh"
-#pragma GCC diagnostic pop
+#include "row_launches.cuh"
 #include "squeeze_excite.cuh"
 
 namespace effnet::cuda {

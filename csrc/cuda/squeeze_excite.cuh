@@ -3,7 +3,7 @@
 // cut into blocks by RowTiling with an image a group.
 #pragma once
 
-#include "batch_norm_act.cuh"
+#include "rows.cuh"
 
 namespace effnet::cuda {
 

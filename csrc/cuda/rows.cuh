@@ -1,0 +1,169 @@
+// Tensors as matrices of rows (pixels) by channels: how a grid of blocks is laid over them, the
+// loop of a thread over its rows, and the sums of a block's threads.
+#pragma once
+
+#include "vector.cuh"
+
+namespace effnet::cuda {
+
+// How a (groups, rows, channels) tensor is cut into thread blocks. A group is one image where
+// something is summed or given per image, else the whole tensor. A block has `lanes` threads across
+// channels, one vector each, times `row_lanes` down the rows, and takes `chunk` rows of one group.
+// Where a block adds up its row lanes, `parts` threads of each channel share the work.
+// Block index: channel block fastest, then chunk, then group.
+struct RowTiling {
+  int64_t groups, rows;
+  int channels;
+  int lanes, row_lanes, parts;
+  int channel_blocks, chunks;
+  int chunk;
+};
+
+constexpr int kRowThreads = 256;
+constexpr int kRowUnroll = 4;  // most rows that a thread has in flight
+
+// blockIdx.x, read anew by each call: what is computed from it is computed again where it is needed
+// again, and takes no registers in between.
+EFFNET_DEVICE int block_index() {
+#ifdef __CUDA_ARCH__
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+#else
+  return static_cast<int>(blockIdx.x);
+#endif
+}
+
+// Blocks that a multiprocessor is to hold: they leave a thread 48 and 80 registers. With fewer for
+// vectors, the compiler delays loads of the rows in flight until it has used others.
+template <int V>
+constexpr int kRowBlocks = V == 1 ? 5 : 3;
+
+// A thread's place in a RowTiling.
+template <class T, int V>
+struct RowBlock {
+  int64_t group, slot;
+  int64_t first, step;         // bytes: to the thread's first vector, from one row to its next
+  int rows, row_lanes;         // the thread's are row 0, row_lanes ... of `rows`
+  int first_channel, channel;  // of the block, of the thread
+  bool active;
+
+  EFFNET_DEVICE explicit RowBlock(const RowTiling& tiling) {
+    const int lane = static_cast<int>(threadIdx.x) % tiling.lanes;
+    const int row_lane = static_cast<int>(threadIdx.x) / tiling.lanes;
+    const int block = block_index();
+    slot = block / tiling.channel_blocks;
+    first_channel = (block % tiling.channel_blocks) * tiling.lanes * V;
+    channel = first_channel + lane * V;
+    active = channel < tiling.channels;
+    group = slot / tiling.chunks;
+    const int64_t first_row = (slot % tiling.chunks) * tiling.chunk;
+    const int64_t left = tiling.rows - first_row;
+    rows = (left < tiling.chunk ? static_cast<int>(left) : tiling.chunk) - row_lane;
+    row_lanes = tiling.row_lanes;
+    first = ((group * tiling.rows + first_row + row_lane) * tiling.channels + channel) * sizeof(T);
+    step = static_cast<int64_t>(row_lanes) * tiling.channels * sizeof(T);
+  }
+};
+
+// The address `offset` bytes after p.
+template <class T>
+EFFNET_DEVICE T* at(T* p, int64_t offset) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + offset);
+}
+
+// Calls load(i, offset) for kUnroll rows of the thread, so that they are in flight together, then
+// use(i, offset) for the same ones, and so on. Only the last, incomplete set takes branches.
+template <int kUnroll, class Block, class Load, class Use>
+EFFNET_DEVICE void for_rows(const Block& block, const Load& load, const Use& use) {
+  int64_t offset = block.first;
+  int left = block.rows;
+#pragma unroll 1
+  for (; left > (kUnroll - 1) * block.row_lanes; left -= kUnroll * block.row_lanes) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) load(i, offset + i * block.step);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) use(i, offset + i * block.step);
+    offset += kUnroll * block.step;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll - 1; ++i) {
+    if (left > i * block.row_lanes) load(i, offset + i * block.step);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll - 1; ++i) {
+    if (left > i * block.row_lanes) use(i, offset + i * block.step);
+  }
+}
+
+template <int V>
+EFFNET_DEVICE Floats<V> load_floats(const float* p) {
+  constexpr int kWidth = V < 4 ? V : 4;  // of an access
+  Floats<V> y;
+#pragma unroll
+  for (int i = 0; i < V / kWidth; ++i) set_slice(y, i, load<kWidth>(p + i * kWidth));
+  return y;
+}
+
+template <int V>
+EFFNET_DEVICE void store_floats(float* p, const Floats<V>& x) {
+  constexpr int kWidth = V < 4 ? V : 4;
+#pragma unroll
+  for (int i = 0; i < V / kWidth; ++i) store(p + i * kWidth, slice<kWidth>(x, i));
+}
+
+// As unpack, but with one instruction for every bfloat16: the upper half of a float32. For the
+// second of a pair, unpack takes two; kernels that are short of registers are scheduled worse with
+// this.
+template <class T, int V>
+EFFNET_DEVICE Floats<V> unpack_halves(const Vector<T, V>& raw) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
+    Floats<V> y;
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      y[2 * i] = bit_cast<float>(raw.word[i] << 16);
+      y[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
+    }
+    return y;
+  } else {
+    return unpack<T, V>(raw);
+  }
+}
+
+// Adds up each of the threads' sums over the row lanes of a block, and calls
+// result(k, i, the total of sums[k] for the block's channel i) in one thread each.
+// `parts` threads a channel add some row lanes each, then one adds the parts: all in float64, for
+// sums of many rows may nearly cancel, and in a fixed order.
+// Shared memory: kSums * lanes * V * (parts doubles + row_lanes floats), aligned to 16 bytes.
+template <int V, int kSums, class Result>
+EFFNET_DEVICE void sum_row_lanes(const Floats<V> (&sums)[kSums], float* shared,
+                                 const RowTiling& tiling, const Result& result) {
+  const int channels = tiling.lanes * V;
+  const int parts = tiling.parts, row_lanes = tiling.row_lanes;
+  double* const part_sums = reinterpret_cast<double*>(shared);
+  float* const rows = shared + 2 * kSums * parts * channels;
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    store_floats(rows + (k * blockDim.x + threadIdx.x) * V, sums[k]);  // (k, row lane, channel)
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums * parts * channels; i += blockDim.x) {
+    const int k = i / (parts * channels), rest = i % (parts * channels);
+    const int part = rest / channels, channel = rest % channels;
+    const float* from = rows + k * row_lanes * channels + channel;
+    double sum = 0.;
+    for (int r = part; r < row_lanes; r += parts) sum += from[r * channels];
+    part_sums[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums * channels; i += blockDim.x) {
+    const int k = i / channels, channel = i % channels;
+    const double* from = part_sums + k * parts * channels + channel;
+    double sum = 0.;
+    for (int part = 0; part < parts; ++part) sum += from[part * channels];
+    result(k, channel, sum);
+  }
+}
+
+}  // namespace effnet::cuda
