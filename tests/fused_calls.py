@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Calls(TorchDispatchMode):
-    """Counts the ops called under it, by ``namespace::name``; ``fused`` counts ours."""
+    """Counts the ops called under it, by ``namespace::name``; two properties count ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,9 +22,17 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """Forward calls of this package's ops."""
+        """Forward calls of the depthwise op."""
+        return self._forward("depthwise_conv_bn_act", "depthwise_conv_bn_act_train")
+
+    @property
+    def gated(self) -> int:
+        """Forward calls of squeeze-and-excitation."""
+        return self._forward("squeeze_excite")
+
+    def _forward(self, *ops: str) -> int:
         return sum(
             number
             for name, number in self.count.items()
-            if name.startswith("effnet_kernels") and not name.endswith("_backward")
+            if name.startswith("effnet_kernels") and name.partition("::")[2] in ops
         )

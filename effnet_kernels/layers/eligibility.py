@@ -52,6 +52,23 @@ def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
     return None if reason is None else f"{name} {reason}"
 
 
+def pointwise_conv_refusal(name: str, conv: nn.Module) -> str | None:
+    """Why a product with a matrix cannot stand in for ``conv``."""
+    if type(conv) is not nn.Conv2d:
+        return f"{name} is a {type(conv).__name__}, not a Conv2d"
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.groups != 1:
+        return (
+            f"{name} has kernel size {conv.kernel_size}, stride {conv.stride} and {conv.groups} "
+            "groups, not 1"
+        )
+    if isinstance(conv.padding, str) or conv.padding != (0, 0):
+        return f"{name} has padding {conv.padding}"
+    if _is_wrapper(conv.weight):
+        return f"{name}.weight is a {type(conv.weight).__name__}"
+    reason = module_refusal(conv)
+    return None if reason is None else f"{name} {reason}"
+
+
 def conv_padding(conv: nn.Conv2d) -> str | tuple[int, int]:
     """The padding of an ``nn.Conv2d`` of odd kernel size, as the op takes it."""
     padding = conv.padding

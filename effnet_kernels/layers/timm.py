@@ -2,19 +2,26 @@
 
 Each adapter is a subclass of its stock block with another ``forward``, and a stock block becomes
 one by having its class changed: children, parameters, ``state_dict`` and hooks stay where they are.
-In a block the depthwise convolution, its BN and its activation run on the fused op; the rest is
-called as before. In inference the expansion's BN and activation become the op's prologue, so that
-the expanded tensor is read once and never written normalised.
+In a block the depthwise convolution, its BN and its activation run on one fused op, which also
+leaves the sums that squeeze-and-excitation needs, and that on another; the rest is called as
+before. In inference the expansion's BN and activation become the first op's prologue, so that the
+expanded tensor is read once and never written normalised.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
 from timm.layers import activations as timm_act
 from timm.layers import activations_me as timm_act_me
 from timm.layers.conv2d_same import Conv2dSame
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models._efficientnet_blocks import (
+    DepthwiseSeparableConv,
+    InvertedResidual,
+    SqueezeExcite,
+)
 from torch import Tensor, nn
 
 from effnet_kernels.layers.adapter import Adapter
@@ -24,8 +31,10 @@ from effnet_kernels.layers.eligibility import (
     conv_padding,
     depthwise_conv_refusal,
     module_refusal,
+    pointwise_conv_refusal,
 )
-from effnet_kernels.ops import Prologue
+from effnet_kernels.ops import Prologue, squeeze_excite
+from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "depthwise_conv_bn_act"
 
@@ -65,9 +74,7 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
             x = self.bn1(x)
         else:
             prologue = _prologue(self.bn1, x.dtype)
-        x = _depthwise(x, self.conv_dw, self.bn2, prologue)
-        x = self.aa(x)
-        x = self.se(x)
+        x = _depthwise_squeeze_excite(self, x, self.bn2, prologue)
         x = self.conv_pwl(x)
         x = self.bn3(x)
         if self.has_skip:
@@ -87,9 +94,7 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
             x = self.bn_s2d(x)
-        x = _depthwise(x, self.conv_dw, self.bn1, None)
-        x = self.aa(x)
-        x = self.se(x)
+        x = _depthwise_squeeze_excite(self, x, self.bn1, None)
         x = self.conv_pw(x)
         x = self.bn2(x)
         if self.has_skip:
@@ -152,11 +157,59 @@ def _prologue(norm: BatchNormAct2d, dtype: torch.dtype) -> Prologue:
     return Prologue(scale, shift.to(accumulator), _ACTIVATIONS[type(norm.act)])
 
 
-def _depthwise(x: Tensor, conv: nn.Conv2d, bn: BatchNormAct2d, prologue: Prologue | None) -> Tensor:
+def squeeze_excite_refusal(se: nn.Module) -> str | None:
+    """Why the op cannot stand in for a block's ``se``, or None."""
+    if type(se) is not SqueezeExcite:
+        return f"se is a {type(se).__name__}, not a SqueezeExcite"
+    convs: tuple[tuple[str, Any], ...] = (
+        ("conv_reduce", se.conv_reduce),
+        ("conv_expand", se.conv_expand),
+    )
+    for name, conv in convs:
+        reason = pointwise_conv_refusal(f"se.{name}", conv)
+        if reason is not None:
+            return reason
+    activations: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+        ("act1", se.act1, HIDDEN_ACTIVATIONS),
+        ("gate", se.gate, GATES),
+    )
+    for name, activation, known in activations:
+        if _ACTIVATIONS.get(type(activation), "") not in known:
+            return f"se.{name} is a {type(activation).__name__}, which no kernel knows"
+        reason = module_refusal(activation)
+        if reason is not None:
+            return f"se.{name} {reason}"
+    reason = module_refusal(se)
+    return None if reason is None else f"se {reason}"
+
+
+def _depthwise_squeeze_excite(
+    block: InvertedResidual | DepthwiseSeparableConv,
+    x: Tensor,
+    bn: BatchNormAct2d,
+    prologue: Prologue | None,
+) -> Tensor:
+    """From a block's ``conv_dw`` to its ``se``, with ``bn`` in between."""
+    conv, se = block.conv_dw, block.se
+    # Between the sums and their use nothing may change the tensor.
+    fused = (
+        squeeze_excite_refusal(se) is None
+        and type(block.aa) is nn.Identity
+        and module_refusal(block.aa) is None
+    )
     padding = "same" if type(conv) is Conv2dSame else conv_padding(conv)
-    activation = _ACTIVATIONS[type(bn.act)]
-    output, _ = run_depthwise_conv_bn_act(x, conv, bn, activation, padding, prologue=prologue)
-    return output
+    x, pooled = run_depthwise_conv_bn_act(
+        x, conv, bn, _ACTIVATIONS[type(bn.act)], padding, pool=fused, prologue=prologue
+    )
+    if not fused:
+        x = block.aa(x)
+        x = se(x)
+        return x
+    reduce, expand = se.conv_reduce, se.conv_expand
+    return squeeze_excite(
+        x, reduce.weight, reduce.bias, expand.weight, expand.bias,
+        _ACTIVATIONS[type(se.act1)], _ACTIVATIONS[type(se.gate)], pooled=pooled,
+    )  # fmt: skip
 
 
 ADAPTERS: tuple[Adapter, ...] = (

@@ -44,8 +44,8 @@ from effnet_kernels.activations import EAGER, Activation, activation_code
 from effnet_kernels.ops import checks, library
 
 OP = "squeeze_excite"
-_HIDDEN = ("relu", "silu", "hardswish")
-_GATES = ("sigmoid", "hardsigmoid")
+HIDDEN_ACTIVATIONS = ("relu", "silu", "hardswish")
+GATES = ("sigmoid", "hardsigmoid")
 
 
 def squeeze_excite(
@@ -269,10 +269,12 @@ def _check_pooled(
 
 def _codes(activation: str, gate: str) -> tuple[int, int]:
     code, gate_code = activation_code("activation", activation), activation_code("gate", gate)
-    if activation not in _HIDDEN:
-        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_HIDDEN)}")
-    if gate not in _GATES:
-        raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(_GATES)}")
+    if activation not in HIDDEN_ACTIVATIONS:
+        raise ValueError(
+            f"activation: got {activation!r}, expected one of {', '.join(HIDDEN_ACTIVATIONS)}"
+        )
+    if gate not in GATES:
+        raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(GATES)}")
     return int(code), int(gate_code)
 
 

@@ -29,6 +29,7 @@ from torch.nn.utils import prune
 
 import effnet_kernels
 from effnet_kernels import convert, report
+from effnet_kernels.layers.timm import squeeze_excite_refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,7 @@ def assert_same(stock: Block, fused: Block, x: torch.Tensor, *, fused_calls: int
         with Calls() as calls:
             ours = run(fused, x, training)
         assert calls.fused == 2 * fused_calls
+        assert calls.gated == (2 if hasattr(stock, "se") and type(stock.se) is SqueezeExcite else 0)
         for name, truth in run(exact, x.double(), training).items():
             if not truth.is_floating_point():
                 assert torch.equal(ours[name], truth), name
@@ -267,6 +269,34 @@ def test_hooks_elsewhere_run() -> None:
     assert seen == ["conv_pw", "se", "conv_pwl", "bn3", "drop_path", ""]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: block.se.conv_reduce.register_forward_hook(lambda *_: None), "has forward"),
+        (lambda block: block.se.gate.register_forward_hook(lambda *_: None), "se.gate has forward"),
+        (lambda block: setattr(block.se, "gate", nn.Tanh()), "se.gate is a Tanh"),
+        (lambda block: setattr(block.se, "act1", nn.GELU()), "se.act1 is a GELU"),
+        (
+            lambda block: setattr(block.se, "conv_expand", nn.Conv2d(C // 2, 2 * C, 1, groups=2)),
+            "2 groups",
+        ),
+    ],
+)
+def test_squeeze_excite_left_alone(change: Callable[[Any], Any], reason: str) -> None:
+    """An ``se`` that the op cannot stand in for is called, after the fused depthwise op."""
+    stock, fused = make_blocks(se_layer=SqueezeExcite)
+    for block in (stock, fused):
+        torch.manual_seed(0)
+        change(block)
+    fused.se.load_state_dict(stock.se.state_dict())
+    assert reason in squeeze_excite_refusal(fused.se)
+    with Calls() as calls, torch.no_grad():
+        ours = fused.eval()(images())
+    assert (calls.fused, calls.gated) == (1, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(ours, stock.eval()(images()), rtol=1e-4, atol=1e-4)
+
+
 def test_prologue_in_inference_only() -> None:
     """The expansion's BN goes into the op where no gradient is wanted and nothing listens."""
     stock, fused = make_blocks()
@@ -340,7 +370,7 @@ def test_autocast(training: bool) -> None:
     for block in (fused, stock):
         with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
             outputs.append(run(block, images(), training))
-        assert calls.fused == (2 if block is fused else 0)
+        assert calls.fused == calls.gated == (2 if block is fused else 0)
     truth = run(exact, images().double(), training)
     for name in ("output", "output without grad", "grad input", "grad conv_dw.weight"):
         ours, eager = (o[name] for o in outputs)
