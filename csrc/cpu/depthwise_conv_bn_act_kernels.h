@@ -83,38 +83,12 @@ struct Window {
 };
 
 // sum[t] += sum over i, j of rows[i][x * stride + j] * w[i][j] for the tile of results that begins
-// at column x. offset: of the first column that the tile reads, in any row. Columns [Left, Columns
-// - Right) of the tile's lie in the input; the others, zeros, are not read.
-template <class S, int K, int Stride, int Left, int Right, int Tile>
-EFFNET_INLINE void add_taps(typename S::V (&sum)[Tile], const Window<S>& window,
-                            const typename S::Scalar* weights, int64_t offset) {
-  using V = typename S::V;
-  constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
-  const auto* w = weights + window.lo * (K * L);
-  for (int i = window.lo; i < window.hi; ++i, w += K * L) {
-    const auto* in = window.rows[i] + offset;
-    V tap[K];
-    EFFNET_UNROLL
-    for (int j = 0; j < K; ++j) tap[j] = S::load(w + j * L);
-    EFFNET_UNROLL
-    for (int q = Left; q < Columns - Right; ++q) {
-      const V value = S::load_once(in + q * window.step);
-      EFFNET_UNROLL
-      for (int j = 0; j < K; ++j) {
-        const int t = q - j;
-        if (t >= 0 && t % Stride == 0 && t / Stride < Tile) {
-          S::accumulate(sum[t / Stride], value, tap[j]);
-        }
-      }
-    }
-  }
-}
-
-// The same wherever the tile lies: columns [lo, hi) of its own are in the input.
+// at column x. offset: of the first column that the tile reads, in any row. Columns [lo, hi) of the
+// tile's lie in the input; the others, zeros, are not read. Where lo and hi are constants, there is
+// no comparison left.
 template <class S, int K, int Stride, int Tile>
-EFFNET_INLINE void add_taps_checked(typename S::V (&sum)[Tile], const Window<S>& window,
-                                    const typename S::Scalar* weights, int64_t offset, int lo,
-                                    int hi) {
+EFFNET_INLINE void add_taps(typename S::V (&sum)[Tile], const Window<S>& window,
+                            const typename S::Scalar* weights, int64_t offset, int lo, int hi) {
   using V = typename S::V;
   constexpr int L = S::lanes, Columns = (Tile - 1) * Stride + K;
   const auto* w = weights + window.lo * (K * L);
@@ -173,15 +147,15 @@ void correlate(const Window<S>& from, const typename S::Scalar* weights,
       EFFNET_UNROLL
       for (int t = 0; t < Tile; ++t) sum[t] = begin;
       if (!Borders || (lo == 0 && hi == Columns)) {
-        add_taps<S, K, Stride, 0, 0>(sum, window, w, offset);
+        add_taps<S, K, Stride>(sum, window, w, offset, 0, Columns);
       } else if (lo == Left && hi == Columns) {
-        add_taps<S, K, Stride, Left, 0>(sum, window, w, offset);
+        add_taps<S, K, Stride>(sum, window, w, offset, Left, Columns);
       } else if (lo == 0 && hi == Columns - Right) {
-        add_taps<S, K, Stride, 0, Right>(sum, window, w, offset);
+        add_taps<S, K, Stride>(sum, window, w, offset, 0, Columns - Right);
       } else if (lo == Left && hi == Columns - Right) {
-        add_taps<S, K, Stride, Left, Right>(sum, window, w, offset);
+        add_taps<S, K, Stride>(sum, window, w, offset, Left, Columns - Right);
       } else {
-        add_taps_checked<S, K, Stride>(sum, window, w, offset, lo, hi);
+        add_taps<S, K, Stride>(sum, window, w, offset, lo, hi);
       }
       sink.template take<Tile>(sum, x, v);
     }
