@@ -109,3 +109,8 @@ def kernel_vector(tensor: Tensor | None, input: Tensor) -> Tensor | None:
     elif dtype != torch.float32 and dtype != input.dtype:
         tensor = tensor.float()
     return tensor.contiguous()
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """The dtype that sums over ``tensor`` and its per-channel values are kept in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

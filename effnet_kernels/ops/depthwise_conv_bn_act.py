@@ -222,8 +222,8 @@ def depthwise_conv_bn_act(
     bn_bias = checks.kernel_vector(bn_bias, input)
     scale = shift = None
     if prologue is not None:
-        scale = prologue.scale.to(_accumulator(input)).contiguous()
-        shift = prologue.shift.to(_accumulator(input)).contiguous()
+        scale = prologue.scale.to(checks.accumulator(input)).contiguous()
+        shift = prologue.shift.to(checks.accumulator(input)).contiguous()
 
     arguments = (
         input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
@@ -335,14 +335,14 @@ def reference(
             y = F.batch_norm(conv, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
         y = EAGER[Activation[activation]](y)
     y = y.contiguous(memory_format=torch.channels_last)
-    pooled = y.sum((2, 3), dtype=_accumulator(y)) if pool else None
+    pooled = y.sum((2, 3), dtype=checks.accumulator(y)) if pool else None
     if not training:
         return DepthwiseConvBnActOutput(y, pooled, None, None)
     with torch.no_grad():
         if conv.numel() == 0:
-            zeros = conv.new_zeros(conv.shape[1], dtype=_accumulator(conv))
+            zeros = conv.new_zeros(conv.shape[1], dtype=checks.accumulator(conv))
             return DepthwiseConvBnActOutput(y, pooled, zeros, zeros.clone())
-        var, mean = torch.var_mean(conv.to(_accumulator(conv)), (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(conv.to(checks.accumulator(conv)), (0, 2, 3), correction=0)
     return DepthwiseConvBnActOutput(y, pooled, mean, var)
 
 
@@ -431,10 +431,6 @@ def _output_size(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]
     return height * width
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 # --------------------------------------------------------------------------------------------------
 # The registered functional ops. Each allocates its results and has the backend's kernel fill them.
 # On CPU tensors the compiled ops do both in C++ (csrc/cpu): there a call's own time is not hidden
@@ -456,7 +452,7 @@ def _empty_output(input: Tensor, weight: Tensor, stride: int, padding: Sequence[
 
 
 def _empty_vector(input: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=_accumulator(input), device=input.device)
+    return torch.empty(shape, dtype=checks.accumulator(input), device=input.device)
 
 
 def _allocate_inference(

@@ -87,7 +87,7 @@ def squeeze_excite(
     checks.check_image("input", input)
     n, channels, height, width = input.shape
     if pooled is not None:
-        _check_pooled(pooled, (n, channels), input.device, _accumulator(input))
+        _check_pooled(pooled, (n, channels), input.device, checks.accumulator(input))
     weights = _check_weights(
         reduce_weight, reduce_bias, expand_weight, expand_bias, channels, input.device
     )
@@ -291,10 +291,6 @@ def _kernel_weights(weights: Weights, dtype: torch.dtype) -> Weights:
     return w1, b1, w2, b2
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 # --------------------------------------------------------------------------------------------------
 # The registered functional ops (see depthwise_conv_bn_act.py). Sums, hidden values and gates are
 # float32, float64 beside float64.
@@ -310,7 +306,7 @@ def _allocate(
     n, channels = input.shape[0], input.shape[1]
 
     def values(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=_accumulator(input), device=input.device)
+        return torch.empty(shape, dtype=checks.accumulator(input), device=input.device)
 
     return (
         torch.empty_like(input, memory_format=torch.channels_last),
