@@ -62,7 +62,7 @@ struct DepthwiseTraining {
   // bn.mean and bn.var are read.
   void* batch_mean;
   void* batch_var;
-  void* output;
+  void* output;  // or null, and pooled with it: then the convolution and its statistics are all
   void* pooled;
 };
 
@@ -86,6 +86,103 @@ struct DepthwiseBackward {
   // With a prologue, both are given exactly when grad_input is.
   void* grad_prologue_scale;
   void* grad_prologue_shift;
+};
+
+// output = activation(bn(sum over c of z[n, c] * weight[k, c])) + residual, at every pixel, where
+// z = prologue(input) * gate[n, c]. Images are dense channels-last.
+struct PointwiseInference {
+  Dtype dtype;
+  int64_t batch, pixels;  // pixels of an image
+  int in_channels, out_channels;
+  const void* input;
+  const void* weight;  // (K, C), contiguous
+  BatchNorm bn;        // of K channels
+  Activation activation;
+  Prologue prologue;     // of C channels
+  const void* gate;      // (N, C), accumulate dtype, or null
+  const void* residual;  // (N, K, H, W) or null
+  bool allow_tf32;       // whether float32 operands may be rounded to TF32 on a GPU
+  void* output;          // (N, K, H, W)
+  void* pooled;          // (N, K), accumulate dtype, or null
+};
+
+// The first half of MBConv: depthwise(expand_activation(expand_bn(expand_weight x input))), then
+// BN, activation and sums as in DepthwiseInference. The expanded tensor is rounded to `dtype` as if
+// it had been written, and padded with zeros.
+struct ExpandDepthwise {
+  Dtype dtype;
+  DepthwiseShape shape;  // of the depthwise convolution: C is the expanded width
+  int in_channels;
+  const void* input;          // (N, in_channels, H, W)
+  const void* expand_weight;  // (C, in_channels), contiguous
+  BatchNorm expand_bn;
+  Activation expand_activation;
+  const void* weight;  // (C, 1, k, k), contiguous
+  BatchNorm bn;
+  Activation activation;
+  bool allow_tf32;
+  void* output;  // (N, C, OH, OW)
+  void* pooled;  // (N, C), accumulate dtype, or null
+};
+
+// Mean and biased variance of each channel over images and pixels.
+struct ChannelStatistics {
+  Dtype dtype;
+  int64_t batch, pixels;
+  int channels;
+  const void* input;
+  void* mean;  // (C,), accumulate dtype, like all per-channel values below
+  void* var;
+};
+
+// What is common to BN + activation and its derivatives: at every pixel of image n
+//   u = input * scale[c] + shift[c],  v = activation(u).
+struct AffineAct {
+  Dtype dtype;
+  int64_t batch, pixels;
+  int channels;
+  const void* input;
+  const void* scale;  // (C,)
+  const void* shift;  // (C,)
+  Activation activation;
+  const void* gate;  // (N, C), or null for ones
+};
+
+// output = v * gate[n, c] + residual; pooled[n, c] = sum over pixels of v. One of them may be null.
+struct AffineActForward : AffineAct {
+  const void* residual;  // or null
+  void* output;
+  void* pooled;  // (N, C)
+};
+
+// du, the gradient with respect to u, is
+//   (grad_output * gate[n, c] + grad_pooled[n, c]) * activation'(u).
+struct AffineActGradient : AffineAct {
+  const void* grad_output;
+  const void* grad_pooled;  // (N, C), or null
+  const void* center;       // (C,)
+};
+
+// grad_shift = sum of du, grad_scale = sum of du * (input - center).
+struct AffineActSums : AffineActGradient {
+  void* grad_scale;  // (C,)
+  void* grad_shift;  // (C,)
+};
+
+// grad_input = du * scale + constant + slope * (input - center); it may be grad_output.
+struct AffineActBackward : AffineActGradient {
+  const void* constant;  // (C,)
+  const void* slope;     // (C,)
+  void* grad_input;
+};
+
+// The gate's part: grad_gate[n, c] = sum over pixels of grad_output * v, and on the way what others
+// need: gated = v * gate and grad_gated = grad_output * gate, which may be grad_output.
+struct AffineActGate : AffineAct {
+  const void* grad_output;
+  void* grad_gate;  // (N, C)
+  void* gated;
+  void* grad_gated;
 };
 
 // sums[n, c] = sum over pixels of input, or of input * other where that is given. (N, C) tensors
@@ -125,6 +222,28 @@ struct SqueezeExciteGate {
   Activation activation, gate_activation;
   void* hidden;  // (N, S)
   void* gate;    // (N, C)
+};
+
+// One MBConv block: ExpandDepthwise (expand_weight null: the depthwise convolution of the input
+// itself), the gate of its sums (reduce_weight null: none), project, residual.
+struct MbconvInference {
+  Dtype dtype;
+  DepthwiseShape shape;  // of the depthwise convolution: C is the expanded width
+  int in_channels, out_channels;
+  const void* input;          // (N, in_channels, H, W)
+  const void* expand_weight;  // (C, in_channels), contiguous, or null
+  BatchNorm expand_bn;
+  Activation expand_activation;
+  const void* weight;  // (C, 1, k, k), contiguous
+  BatchNorm bn;
+  Activation activation;
+  // Of one image: batch is 1, pooled, hidden and gate are the driver's.
+  SqueezeExciteGate gate;
+  const void* project_weight;  // (K, C), contiguous
+  BatchNorm project_bn;
+  Activation project_activation;
+  bool residual;  // add the input, which has K channels and the output's extent
+  void* output;   // (N, K, OH, OW)
 };
 
 struct SqueezeExciteGateBackward {

@@ -21,6 +21,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// An extent that fits the kernels' integers, with room for rows and columns beyond the last one.
+constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max() / 4;
+
 // The tensors of one call: all on the device of the first one, with its dtype or the one it
 // accumulates in.
 class __attribute__((visibility("hidden"))) Checks {
@@ -106,6 +109,18 @@ class __attribute__((visibility("hidden"))) Checks {
     return t.const_data_ptr();
   }
 
+  // The weight of a pointwise convolution: (K, C) or (K, C, 1, 1), contiguous, of the call's dtype.
+  const void* pointwise_weight(const char* name, const Tensor& t, int64_t k, int64_t c) const {
+    on_device(name, t);
+    has_dtype(name, t, dtype_);
+    const bool kernel = t.dim() == 4 && t.size(2) == 1 && t.size(3) == 1;
+    STD_TORCH_CHECK(
+        (t.dim() == 2 || kernel) && t.size(0) == k && t.size(1) == c && t.is_contiguous(), op_,
+        ": ", name, " must be contiguous and have shape (", k, ", ", c, ") or (", k, ", ", c,
+        ", 1, 1)");
+    return t.const_data_ptr();
+  }
+
   // (C,): float32 or the call's dtype; float64 in a float64 call.
   ChannelVector channel_vector(const char* name, const Tensor& t, int64_t c) const {
     dense(name, t, {c});
@@ -161,16 +176,14 @@ class __attribute__((visibility("hidden"))) Checks {
     const int64_t k = weight.size(3);
     STD_TORCH_CHECK(k == 3 || k == 5 || k == 7, op_, ": the kernel size must be 3, 5 or 7, not ",
                     k);
-    // Room for a kernel's rows and columns beyond the last one.
-    constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
     DepthwiseShape s;
     s.batch = input.size(0);
     STD_TORCH_CHECK(s.batch >= 1, op_, ": input must not be empty");
-    s.channels = integer("input.size(1)", input.size(1), 1, kMax);
-    s.in_h = integer("input.size(2)", input.size(2), 1, kMax);
-    s.in_w = integer("input.size(3)", input.size(3), 1, kMax);
-    s.out_h = integer("the output height", output.size(2), 1, kMax);
-    s.out_w = integer("the output width", output.size(3), 1, kMax);
+    s.channels = integer("input.size(1)", input.size(1), 1, kMaxExtent);
+    s.in_h = integer("input.size(2)", input.size(2), 1, kMaxExtent);
+    s.in_w = integer("input.size(3)", input.size(3), 1, kMaxExtent);
+    s.out_h = integer("the output height", output.size(2), 1, kMaxExtent);
+    s.out_w = integer("the output width", output.size(3), 1, kMaxExtent);
     s.kernel = static_cast<int>(k);
     s.stride = integer("stride", stride, 1, 2);
     s.pad_top = integer("pad_top", pad_top, 0, k - 1);
@@ -280,10 +293,10 @@ inline DepthwiseTraining check_depthwise_training(
     const OptionalTensor& bn_bias, double eps, int64_t stride, int64_t pad_top, int64_t pad_left,
     int64_t activation, const OptionalTensor& prologue_scale, const OptionalTensor& prologue_shift,
     int64_t prologue_activation, bool batch_stats, const Tensor& conv, const Tensor& mean,
-    const Tensor& var, const Tensor& output, const OptionalTensor& pooled) {
+    const Tensor& var, const OptionalTensor& output, const OptionalTensor& pooled) {
   const Checks check("depthwise_conv_bn_act_train_out", "input", input);
   const DepthwiseShape s =
-      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "conv", conv);
   const int64_t n = s.batch, c = s.channels;
   DepthwiseTraining a{};
   a.dtype = check.dtype();
@@ -299,7 +312,10 @@ inline DepthwiseTraining check_depthwise_training(
     a.batch_mean = const_cast<void*>(check.accumulated("mean", mean, {c}));
     a.batch_var = const_cast<void*>(check.accumulated("var", var, {c}));
   }
-  a.output = const_cast<void*>(check.channels_last("output", output, n, c, s.out_h, s.out_w));
+  if (output) {
+    a.output = const_cast<void*>(check.channels_last("output", *output, n, c, s.out_h, s.out_w));
+  }
+  STD_TORCH_CHECK(output || !pooled, "depthwise_conv_bn_act_train_out: pooled needs output");
   a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
   return a;
 }
@@ -355,11 +371,180 @@ inline DepthwiseBackward check_depthwise_backward(
 // Extents that fit the kernels' integers.
 inline void check_image_extents(const Checks& check, const Tensor& t, int64_t& batch,
                                 int64_t& pixels, int& channels) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
   STD_TORCH_CHECK(t.dim() == 4 && t.numel() > 0, "input must be (N, C, H, W) and not empty");
   batch = t.size(0);
-  channels = check.integer("input.size(1)", t.size(1), 1, kMax);
+  channels = check.integer("input.size(1)", t.size(1), 1, kMaxExtent);
   pixels = t.size(2) * t.size(3);
+}
+
+inline PointwiseInference check_pointwise_inference(
+    const Tensor& input, const Tensor& weight, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, int64_t activation,
+    const OptionalTensor& prologue_scale, const OptionalTensor& prologue_shift,
+    int64_t prologue_activation, const OptionalTensor& gate, const OptionalTensor& residual,
+    bool allow_tf32, const Tensor& output, const OptionalTensor& pooled) {
+  const char* op = "pointwise_conv_bn_act_out";
+  const Checks check(op, "input", input);
+  PointwiseInference a{};
+  a.dtype = check.dtype();
+  check_image_extents(check, input, a.batch, a.pixels, a.in_channels);
+  STD_TORCH_CHECK(weight.dim() >= 1, op, ": weight must be a matrix");
+  a.out_channels = check.integer("weight.size(0)", weight.size(0), 1, kMaxExtent);
+  const int64_t n = a.batch, c = a.in_channels, k = a.out_channels;
+  const int64_t h = input.size(2), w = input.size(3);
+  a.input = check.channels_last("input", input, n, c, h, w);
+  a.weight = check.pointwise_weight("weight", weight, k, c);
+  a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, k);
+  a.activation = check.activation("activation", activation);
+  a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
+  a.gate = check.accumulated("gate", gate, {n, c});
+  a.residual = residual ? check.channels_last("residual", *residual, n, k, h, w) : nullptr;
+  a.allow_tf32 = allow_tf32;
+  a.output = const_cast<void*>(check.channels_last("output", output, n, k, h, w));
+  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, k}));
+  return a;
+}
+
+inline ExpandDepthwise check_expand_depthwise(
+    const Tensor& input, const Tensor& expand_weight, const Tensor& expand_mean,
+    const Tensor& expand_var, const OptionalTensor& expand_bn_weight,
+    const OptionalTensor& expand_bn_bias, double expand_eps, int64_t expand_activation,
+    const Tensor& weight, const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, double eps, int64_t stride, int64_t pad_top, int64_t pad_left,
+    int64_t activation, bool allow_tf32, const Tensor& output, const OptionalTensor& pooled) {
+  const Checks check("expand_depthwise_out", "input", input);
+  ExpandDepthwise a{};
+  a.dtype = check.dtype();
+  a.shape = check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+  a.in_channels = a.shape.channels;
+  a.shape.channels = check.integer("weight.size(0)", weight.size(0), 1, kMaxExtent);
+  const int64_t n = a.shape.batch, c = a.shape.channels;
+  a.input = check.channels_last("input", input, n, a.in_channels, a.shape.in_h, a.shape.in_w);
+  a.expand_weight = check.pointwise_weight("expand_weight", expand_weight, c, a.in_channels);
+  a.expand_bn =
+      check.batch_norm(expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps, c);
+  a.expand_activation = check.activation("expand_activation", expand_activation);
+  a.weight = check.depthwise_weight("weight", weight, c, a.shape.kernel);
+  a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
+  a.activation = check.activation("activation", activation);
+  a.allow_tf32 = allow_tf32;
+  a.output =
+      const_cast<void*>(check.channels_last("output", output, n, c, a.shape.out_h, a.shape.out_w));
+  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  return a;
+}
+
+inline ChannelStatistics check_channel_statistics(const Tensor& input, const Tensor& mean,
+                                                  const Tensor& var) {
+  const Checks check("channel_statistics_out", "input", input);
+  ChannelStatistics a{};
+  a.dtype = check.dtype();
+  check_image_extents(check, input, a.batch, a.pixels, a.channels);
+  const int64_t c = a.channels;
+  a.input = check.channels_last("input", input, a.batch, c, input.size(2), input.size(3));
+  a.mean = const_cast<void*>(check.accumulated("mean", mean, {c}));
+  a.var = const_cast<void*>(check.accumulated("var", var, {c}));
+  return a;
+}
+
+// Fills what is common, and gives (const void*) a further image of the input's shape.
+class __attribute__((visibility("hidden"))) AffineActChecks {
+ public:
+  AffineActChecks(const char* op, AffineAct& a, const Tensor& input, const Tensor& scale,
+                  const Tensor& shift, int64_t activation, const OptionalTensor& gate)
+      : check_(op, "input", input), h_(0), w_(0) {
+    a.dtype = check_.dtype();
+    check_image_extents(check_, input, a.batch, a.pixels, a.channels);
+    n_ = a.batch;
+    c_ = a.channels;
+    h_ = input.size(2);
+    w_ = input.size(3);
+    a.input = image("input", input);
+    a.scale = vector("scale", scale);
+    a.shift = vector("shift", shift);
+    a.activation = check_.activation("activation", activation);
+    a.gate = check_.accumulated("gate", gate, {n_, c_});
+  }
+
+  void* image(const char* name, const Tensor& t) const {
+    return const_cast<void*>(check_.channels_last(name, t, n_, c_, h_, w_));
+  }
+  void* image(const char* name, const OptionalTensor& t) const {
+    return t ? image(name, *t) : nullptr;
+  }
+  void* vector(const char* name, const Tensor& t) const {
+    return const_cast<void*>(check_.accumulated(name, t, {c_}));
+  }
+  void* by_image(const char* name, const OptionalTensor& t) const {
+    return const_cast<void*>(check_.accumulated(name, t, {n_, c_}));
+  }
+
+ private:
+  Checks check_;
+  int64_t n_, c_, h_, w_;
+};
+
+inline AffineActForward check_affine_act(const Tensor& input, const Tensor& scale,
+                                         const Tensor& shift, int64_t activation,
+                                         const OptionalTensor& gate, const OptionalTensor& residual,
+                                         const OptionalTensor& output,
+                                         const OptionalTensor& pooled) {
+  const char* op = "affine_act_out";
+  AffineActForward a{};
+  const AffineActChecks check(op, a, input, scale, shift, activation, gate);
+  STD_TORCH_CHECK(output || pooled, op, ": output or pooled must be given");
+  a.residual = check.image("residual", residual);
+  a.output = check.image("output", output);
+  a.pooled = check.by_image("pooled", pooled);
+  return a;
+}
+
+inline AffineActSums check_affine_act_sums(const Tensor& grad_output, const Tensor& input,
+                                           const Tensor& center, const Tensor& scale,
+                                           const Tensor& shift, int64_t activation,
+                                           const OptionalTensor& gate,
+                                           const OptionalTensor& grad_pooled,
+                                           const Tensor& grad_scale, const Tensor& grad_shift) {
+  AffineActSums a{};
+  const AffineActChecks check("affine_act_sums_out", a, input, scale, shift, activation, gate);
+  a.grad_output = check.image("grad_output", grad_output);
+  a.grad_pooled = check.by_image("grad_pooled", grad_pooled);
+  a.center = check.vector("center", center);
+  a.grad_scale = check.vector("grad_scale", grad_scale);
+  a.grad_shift = check.vector("grad_shift", grad_shift);
+  return a;
+}
+
+inline AffineActBackward check_affine_act_backward(const Tensor& grad_output, const Tensor& input,
+                                                   const Tensor& center, const Tensor& scale,
+                                                   const Tensor& shift, int64_t activation,
+                                                   const OptionalTensor& gate,
+                                                   const OptionalTensor& grad_pooled,
+                                                   const Tensor& constant, const Tensor& slope,
+                                                   const Tensor& grad_input) {
+  AffineActBackward a{};
+  const AffineActChecks check("affine_act_backward_out", a, input, scale, shift, activation, gate);
+  a.grad_output = check.image("grad_output", grad_output);
+  a.grad_pooled = check.by_image("grad_pooled", grad_pooled);
+  a.center = check.vector("center", center);
+  a.constant = check.vector("constant", constant);
+  a.slope = check.vector("slope", slope);
+  a.grad_input = check.image("grad_input", grad_input);
+  return a;
+}
+
+inline AffineActGate check_affine_act_gate(const Tensor& grad_output, const Tensor& input,
+                                           const Tensor& scale, const Tensor& shift,
+                                           int64_t activation, const Tensor& gate,
+                                           const Tensor& grad_gate, const Tensor& gated,
+                                           const Tensor& grad_gated) {
+  AffineActGate a{};
+  const AffineActChecks check("affine_act_gate_out", a, input, scale, shift, activation, gate);
+  a.grad_output = check.image("grad_output", grad_output);
+  a.grad_gate = check.by_image("grad_gate", grad_gate);
+  a.gated = check.image("gated", gated);
+  a.grad_gated = check.image("grad_gated", grad_gated);
+  return a;
 }
 
 inline ChannelSums check_channel_sums(const Tensor& input, const OptionalTensor& other,
@@ -389,28 +574,43 @@ inline ChannelScale check_channel_scale(const Tensor& input, const Tensor& scale
   return a;
 }
 
-// The extents and dtypes of a gate, for both directions. pooled: float32, float64 beside weights of
-// float64.
+// What is common to both directions of a gate: its extents, activations and matrices.
 template <class Gate>
-void check_gate(const char* op, Gate& a, const Checks& weights, const Tensor& pooled,
-                int64_t pixels, const Tensor& reduce_weight, int64_t activation,
-                int64_t gate_activation) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 4;
-  STD_TORCH_CHECK(pooled.dim() == 2 && pooled.numel() > 0, op,
-                  ": pooled must be (N, C) and not empty");
-  STD_TORCH_CHECK(reduce_weight.dim() == 2, op, ": reduce_weight must be (S, C)");
+void check_gate_extents(const char* op, Gate& a, const Checks& weights, int64_t channels,
+                        int64_t pixels, const Tensor& reduce_weight, const Tensor& expand_weight,
+                        int64_t activation, int64_t gate_activation) {
+  STD_TORCH_CHECK(reduce_weight.dim() >= 1, op, ": reduce_weight must be (S, C)");
   a.weight_dtype = weights.dtype();
   a.accumulate = accumulate_dtype(a.weight_dtype);
-  a.batch = pooled.size(0);
-  a.channels = weights.integer("pooled.size(1)", pooled.size(1), 1, kMax);
-  a.squeezed = weights.integer("reduce_weight.size(0)", reduce_weight.size(0), 1, kMax);
+  a.channels = weights.integer("pooled.size(1)", channels, 1, kMaxExtent);
+  a.squeezed = weights.integer("reduce_weight.size(0)", reduce_weight.size(0), 1, kMaxExtent);
   STD_TORCH_CHECK(pixels >= 1, op, ": pixels must be at least 1, not ", pixels);
   a.pixels = pixels;
+  a.reduce_weight = weights.pointwise_weight("reduce_weight", reduce_weight, a.squeezed, channels);
+  a.expand_weight = weights.pointwise_weight("expand_weight", expand_weight, channels, a.squeezed);
   a.activation = weights.activation("activation", activation);
   a.gate_activation = weights.activation("gate_activation", gate_activation);
   STD_TORCH_CHECK(
       a.gate_activation == Activation::sigmoid || a.gate_activation == Activation::hardsigmoid, op,
       ": gate_activation must be sigmoid or hardsigmoid");
+}
+
+// A gate but for its tensors of values.
+inline void check_gate(const char* op, SqueezeExciteGate& a, const Checks& weights,
+                       int64_t channels, int64_t pixels, const Tensor& reduce_weight,
+                       const OptionalTensor& reduce_bias, const Tensor& expand_weight,
+                       const OptionalTensor& expand_bias, int64_t activation,
+                       int64_t gate_activation) {
+  check_gate_extents(op, a, weights, channels, pixels, reduce_weight, expand_weight, activation,
+                     gate_activation);
+  a.reduce_bias = weights.matrix("reduce_bias", reduce_bias, {a.squeezed});
+  a.expand_bias = weights.matrix("expand_bias", expand_bias, {a.channels});
+}
+
+inline int64_t pooled_channels(const char* op, const Tensor& pooled) {
+  STD_TORCH_CHECK(pooled.dim() == 2 && pooled.numel() > 0, op,
+                  ": pooled must be (N, C) and not empty");
+  return pooled.size(1);
 }
 
 inline SqueezeExciteGate check_squeeze_excite_gate(const Tensor& pooled, int64_t pixels,
@@ -423,13 +623,11 @@ inline SqueezeExciteGate check_squeeze_excite_gate(const Tensor& pooled, int64_t
   const char* op = "squeeze_excite_gate_out";
   const Checks check(op, "reduce_weight", reduce_weight);
   SqueezeExciteGate a{};
-  check_gate(op, a, check, pooled, pixels, reduce_weight, activation, gate_activation);
+  check_gate(op, a, check, pooled_channels(op, pooled), pixels, reduce_weight, reduce_bias,
+             expand_weight, expand_bias, activation, gate_activation);
+  a.batch = pooled.size(0);
   const int64_t n = a.batch, c = a.channels, s = a.squeezed;
   a.pooled = check.accumulated("pooled", pooled, {n, c});
-  a.reduce_weight = check.matrix("reduce_weight", reduce_weight, {s, c});
-  a.reduce_bias = check.matrix("reduce_bias", reduce_bias, {s});
-  a.expand_weight = check.matrix("expand_weight", expand_weight, {c, s});
-  a.expand_bias = check.matrix("expand_bias", expand_bias, {c});
   a.hidden = const_cast<void*>(check.accumulated("hidden", hidden, {n, s}));
   a.gate = const_cast<void*>(check.accumulated("gate", gate, {n, c}));
   return a;
@@ -444,14 +642,14 @@ inline SqueezeExciteGateBackward check_squeeze_excite_gate_backward(
   const char* op = "squeeze_excite_gate_backward_out";
   const Checks check(op, "reduce_weight", reduce_weight);
   SqueezeExciteGateBackward a{};
-  check_gate(op, a, check, pooled, pixels, reduce_weight, activation, gate_activation);
+  check_gate_extents(op, a, check, pooled_channels(op, pooled), pixels, reduce_weight,
+                     expand_weight, activation, gate_activation);
+  a.batch = pooled.size(0);
   const int64_t n = a.batch, c = a.channels, s = a.squeezed;
   a.grad_gate = check.accumulated("grad_gate", grad_gate, {n, c});
   a.pooled = check.accumulated("pooled", pooled, {n, c});
   a.hidden = check.accumulated("hidden", hidden, {n, s});
   a.gate = check.accumulated("gate", gate, {n, c});
-  a.reduce_weight = check.matrix("reduce_weight", reduce_weight, {s, c});
-  a.expand_weight = check.matrix("expand_weight", expand_weight, {c, s});
   a.grad_pooled = const_cast<void*>(check.accumulated("grad_pooled", grad_pooled, {n, c}));
   a.grad_reduce_weight =
       const_cast<void*>(check.matrix("grad_reduce_weight", grad_reduce_weight, {s, c}));
@@ -459,6 +657,76 @@ inline SqueezeExciteGateBackward check_squeeze_excite_gate_backward(
   a.grad_expand_weight =
       const_cast<void*>(check.matrix("grad_expand_weight", grad_expand_weight, {c, s}));
   a.grad_expand_bias = const_cast<void*>(check.matrix("grad_expand_bias", grad_expand_bias, {c}));
+  return a;
+}
+
+// A convolution's weight and the BN after it, as an op takes them.
+struct __attribute__((visibility("hidden"))) ConvBn {
+  const Tensor& weight;
+  const Tensor& mean;
+  const Tensor& var;
+  const OptionalTensor& bn_weight;
+  const OptionalTensor& bn_bias;
+  double eps;
+  int64_t activation;
+};
+
+struct __attribute__((visibility("hidden"))) SqueezeExcite {
+  const Tensor& reduce_weight;
+  const OptionalTensor& reduce_bias;
+  const Tensor& expand_weight;
+  const OptionalTensor& expand_bias;
+  int64_t activation, gate_activation;
+};
+
+inline MbconvInference check_mbconv(const Tensor& input, const ConvBn* expand,
+                                    const ConvBn& depthwise, int64_t stride, int64_t pad_top,
+                                    int64_t pad_left, const SqueezeExcite* squeeze_excite,
+                                    const ConvBn& project, bool residual, const Tensor& output) {
+  const char* op = "mbconv";
+  const Checks check(op, "input", input);
+  MbconvInference a{};
+  a.dtype = check.dtype();
+  DepthwiseShape& s = a.shape;
+  s = check.depthwise_shape(input, depthwise.weight, stride, pad_top, pad_left, "output", output);
+  a.in_channels = s.channels;
+  s.channels = check.integer("depthwise_weight.size(0)", depthwise.weight.size(0), 1, kMaxExtent);
+  a.out_channels = check.integer("output.size(1)", output.size(1), 1, kMaxExtent);
+  const int64_t n = s.batch, c = s.channels, k = a.out_channels;
+  a.input = check.channels_last("input", input, n, a.in_channels, s.in_h, s.in_w);
+  if (expand != nullptr) {
+    a.expand_weight = check.pointwise_weight("expand_weight", expand->weight, c, a.in_channels);
+    a.expand_bn = check.batch_norm(expand->mean, expand->var, expand->bn_weight, expand->bn_bias,
+                                   expand->eps, c);
+    a.expand_activation = check.activation("expand_activation", expand->activation);
+  } else {
+    STD_TORCH_CHECK(s.channels == a.in_channels, op, ": without an expansion the depthwise weight ",
+                    "must have ", a.in_channels, " channels, not ", s.channels);
+  }
+  a.weight = check.depthwise_weight("depthwise_weight", depthwise.weight, c, s.kernel);
+  a.bn = check.batch_norm(depthwise.mean, depthwise.var, depthwise.bn_weight, depthwise.bn_bias,
+                          depthwise.eps, c);
+  a.activation = check.activation("depthwise_activation", depthwise.activation);
+  if (squeeze_excite != nullptr) {
+    const Checks weights(op, "reduce_weight", squeeze_excite->reduce_weight);
+    const bool wide = a.dtype == Dtype::float64;
+    STD_TORCH_CHECK(wide == (weights.dtype() == Dtype::float64), op,
+                    ": reduce_weight must be float64 exactly where input is");
+    SqueezeExciteGate& g = a.gate;
+    check_gate(op, g, weights, s.channels, int64_t{s.out_h} * s.out_w,
+               squeeze_excite->reduce_weight, squeeze_excite->reduce_bias,
+               squeeze_excite->expand_weight, squeeze_excite->expand_bias,
+               squeeze_excite->activation, squeeze_excite->gate_activation);
+    g.batch = 1;
+  }
+  a.project_weight = check.pointwise_weight("project_weight", project.weight, k, c);
+  a.project_bn = check.batch_norm(project.mean, project.var, project.bn_weight, project.bn_bias,
+                                  project.eps, k);
+  a.project_activation = check.activation("project_activation", project.activation);
+  a.residual = residual;
+  STD_TORCH_CHECK(!residual || (k == a.in_channels && s.out_h == s.in_h && s.out_w == s.in_w), op,
+                  ": a residual needs an output of the input's shape");
+  a.output = const_cast<void*>(check.channels_last("output", output, n, k, s.out_h, s.out_w));
   return a;
 }
 

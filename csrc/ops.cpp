@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "Tensor input, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, "
       "float eps, int stride, int pad_top, int pad_left, int activation, "
       "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activation, bool batch_stats, "
-      "Tensor(a!) conv, Tensor(b!) mean, Tensor(c!) var, Tensor(d!) output, Tensor(e!)? pooled) "
+      "Tensor(a!) conv, Tensor(b!) mean, Tensor(c!) var, Tensor(d!)? output, Tensor(e!)? pooled) "
       "-> ()");
   m.def(
       "depthwise_conv_bn_act_backward_out("
@@ -29,6 +29,36 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!) grad_bn_weight, Tensor(d!) grad_bn_bias, "
       "Tensor(e!)? grad_prologue_scale, Tensor(f!)? grad_prologue_shift) -> ()");
+  m.def(
+      "pointwise_conv_bn_act_out("
+      "Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
+      "float eps, int activation, Tensor? prologue_scale, Tensor? prologue_shift, "
+      "int prologue_activation, Tensor? gate, Tensor? residual, bool allow_tf32, "
+      "Tensor(a!) output, Tensor(b!)? pooled) -> ()");
+  m.def(
+      "expand_depthwise_out("
+      "Tensor input, Tensor expand_weight, Tensor expand_mean, Tensor expand_var, "
+      "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
+      "Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
+      "int stride, int pad_top, int pad_left, int activation, bool allow_tf32, "
+      "Tensor(a!) output, Tensor(b!)? pooled) -> ()");
+  // What each computes is in arguments.h.
+  m.def("channel_statistics_out(Tensor input, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "affine_act_out(Tensor input, Tensor scale, Tensor shift, int activation, Tensor? gate, "
+      "Tensor? residual, Tensor(a!)? output, Tensor(b!)? pooled) -> ()");
+  m.def(
+      "affine_act_sums_out(Tensor grad_output, Tensor input, Tensor center, Tensor scale, "
+      "Tensor shift, int activation, Tensor? gate, Tensor? grad_pooled, Tensor(a!) grad_scale, "
+      "Tensor(b!) grad_shift) -> ()");
+  m.def(
+      "affine_act_backward_out(Tensor grad_output, Tensor input, Tensor center, Tensor scale, "
+      "Tensor shift, int activation, Tensor? gate, Tensor? grad_pooled, Tensor constant, "
+      "Tensor slope, Tensor(a!) grad_input) -> ()");
+  m.def(
+      "affine_act_gate_out(Tensor grad_output, Tensor input, Tensor scale, Tensor shift, "
+      "int activation, Tensor gate, Tensor(a!) grad_gate, Tensor(b!) gated, "
+      "Tensor(c!) grad_gated) -> ()");
   // sums[n, c] = sum over pixels of input, or of input * other.
   m.def("channel_sums_out(Tensor input, Tensor? other, Tensor(a!) sums) -> ()");
   // output = input * scale[n, c] (+ shift[n, c]).

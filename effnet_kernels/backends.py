@@ -227,6 +227,11 @@ def _cpp_kernel(name: str) -> Any:
 @functools.cache
 def _triton_kernel(name: str) -> Any:
     op = {
+        "affine_act_backward_out": "batch_norm_act",
+        "affine_act_gate_out": "batch_norm_act",
+        "affine_act_out": "batch_norm_act",
+        "affine_act_sums_out": "batch_norm_act",
+        "channel_statistics_out": "batch_norm_act",
         "channel_sums_out": "squeeze_excite",
         "channel_scale_out": "squeeze_excite",
         "squeeze_excite_gate_out": "squeeze_excite",
@@ -234,5 +239,7 @@ def _triton_kernel(name: str) -> Any:
         "depthwise_conv_bn_act_out": "depthwise_conv_bn_act",
         "depthwise_conv_bn_act_train_out": "depthwise_conv_bn_act",
         "depthwise_conv_bn_act_backward_out": "depthwise_conv_bn_act",
+        "expand_depthwise_out": "mbconv",
+        "pointwise_conv_bn_act_out": "pointwise_conv_bn_act",
     }[name]
     return getattr(importlib.import_module(f"effnet_kernels.triton.{op}"), name)

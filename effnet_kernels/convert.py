@@ -19,7 +19,10 @@ from effnet_kernels import backends
 from effnet_kernels.layers.adapter import Adapter
 
 # A library's adapters are imported once the library is: only then can a model hold its blocks.
-_ADAPTER_MODULES = {"timm.models._efficientnet_blocks": "effnet_kernels.layers.timm"}
+_ADAPTER_MODULES = {
+    "timm.models._efficientnet_blocks": "effnet_kernels.layers.timm",
+    "torchvision.models.efficientnet": "effnet_kernels.layers.torchvision",
+}
 
 # What ``report`` lists; whatever of it has no adapter is not supported.
 _BLOCKS = {
@@ -90,7 +93,8 @@ def convert(
     and so is ``torch.jit.script``, which reads source: ``restore`` the model before it.
 
     Args:
-        model: any module with blocks of timm (``InvertedResidual``, ``DepthwiseSeparableConv``).
+        model: any module with blocks of timm (``InvertedResidual``, ``DepthwiseSeparableConv``) or
+            torchvision (``MBConv``).
         filter_fn: called with the name and module of each block; False leaves it as it is.
         strict: convert all the blocks that ``filter_fn`` admits, or none and raise.
 

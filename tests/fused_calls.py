@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Calls(TorchDispatchMode):
-    """Counts the ops called under it, by ``namespace::name``; two properties count ours."""
+    """Counts the ops called under it, by ``namespace::name``; properties count ours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,12 +22,17 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """Forward calls of the depthwise op."""
-        return self._forward("depthwise_conv_bn_act", "depthwise_conv_bn_act_train")
+        """Forward calls of the depthwise op, alone or in a whole block."""
+        return self.whole + self._forward("depthwise_conv_bn_act", "depthwise_conv_bn_act_train")
+
+    @property
+    def whole(self) -> int:
+        """Forward calls of whole blocks."""
+        return self._forward("mbconv")
 
     @property
     def gated(self) -> int:
-        """Forward calls of squeeze-and-excitation."""
+        """Forward calls of squeeze-and-excitation by itself."""
         return self._forward("squeeze_excite")
 
     def _forward(self, *ops: str) -> int:

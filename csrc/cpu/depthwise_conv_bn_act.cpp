@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../ops.h"
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
@@ -19,17 +20,6 @@ namespace {
 constexpr KernelsByIsa<DepthwiseKernels> kernels_for = EFFNET_KERNELS_BY_ISA(depthwise_kernels);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The tile that computes the fewest columns beyond the last, the largest of those.
-int best_tile(int columns, int multiple) {
-  int best = 8;
-  for (const int tile : {7, 4}) {
-    if (tile % multiple == 0 && ceil_div(columns, tile) * tile < ceil_div(columns, best) * best) {
-      best = tile;
-    }
-  }
-  return best;
-}
 
 // What a block of channels keeps in L1: its rings of rows.
 constexpr int64_t kL1Bytes = 40 * 1024;
@@ -67,9 +57,9 @@ DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, int6
   p.strips = static_cast<int>(ceil_div(s.out_w, columns));
   p.strip_cols = static_cast<int>(ceil_div(s.out_w, p.strips));
   p.strips = static_cast<int>(ceil_div(s.out_w, p.strip_cols));
-  p.tile = best_tile(p.strip_cols, 1);
-  p.grad_tile =
-      best_tile((p.strips == 1 ? s.in_w : p.strip_cols * s.stride) + s.stride - 1, s.stride);
+  p.tile = best_depthwise_tile(p.strip_cols);
+  p.grad_tile = best_depthwise_tile(
+      (p.strips == 1 ? s.in_w : p.strip_cols * s.stride) + s.stride - 1, s.stride);
 
   const int64_t others = s.batch * p.strips, most_bands = std::max(s.out_h / kBandRows, 1);
   int64_t block = longest, least = kChunkLines * line, wanted = kItems / 4;
@@ -215,7 +205,6 @@ void run(const DepthwiseTraining& a) {
   const int64_t size = element_size(a.dtype);
   DepthwisePlan p = make_plan(a.shape, k, size, forward_rings(a, k, size));
   ask_for_huge_pages(a.conv, output_bytes(a.shape, size));
-  ask_for_huge_pages(a.output, output_bytes(a.shape, size));
   p.slots = std::min(p.slots, kSlots);
   const Pool pool(a.pooled, a.shape, p, k);
   const Runner runner(a.shape, p, k);
@@ -230,6 +219,8 @@ void run(const DepthwiseTraining& a) {
       }
     });
   }
+  if (a.output == nullptr) return;
+  ask_for_huge_pages(a.output, output_bytes(a.shape, size));
   runner.items([&](int64_t begin, int64_t end, void* scratch) {
     k.normalize(a, p, begin, end, scratch, pool.target());
   });
@@ -359,8 +350,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_scale, grad_shift};
 }
 
+// ---- The out-variants (csrc/ops.cpp), for ops that are composed of them. ----
+
+void train_out(Tensor input, Tensor weight, OptionalTensor bn_weight, OptionalTensor bn_bias,
+               double eps, int64_t stride, int64_t pad_top, int64_t pad_left, int64_t activation,
+               OptionalTensor prologue_scale, OptionalTensor prologue_shift,
+               int64_t prologue_activation, bool batch_stats, Tensor conv, Tensor mean, Tensor var,
+               OptionalTensor output, OptionalTensor pooled) {
+  run(check_depthwise_training(input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left,
+                               activation, prologue_scale, prologue_shift, prologue_activation,
+                               batch_stats, conv, mean, var, output, pooled));
+}
+
+void backward_out(Tensor grad_output, OptionalTensor grad_pooled, Tensor conv, Tensor mean,
+                  Tensor var, OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
+                  int64_t activation, bool batch_stats, Tensor input, Tensor weight, int64_t stride,
+                  int64_t pad_top, int64_t pad_left, OptionalTensor prologue_scale,
+                  OptionalTensor prologue_shift, int64_t prologue_activation,
+                  OptionalTensor grad_input, OptionalTensor grad_weight, Tensor grad_bn_weight,
+                  Tensor grad_bn_bias, OptionalTensor grad_prologue_scale,
+                  OptionalTensor grad_prologue_shift) {
+  run(check_depthwise_backward(grad_output, grad_pooled, conv, mean, var, bn_weight, bn_bias, eps,
+                               activation, batch_stats, input, weight, stride, pad_top, pad_left,
+                               prologue_scale, prologue_shift, prologue_activation, grad_input,
+                               grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
+                               grad_prologue_shift));
+}
+
 }  // namespace
 }  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("depthwise_conv_bn_act_train_out", TORCH_BOX(&effnet::train_out));
+  m.impl("depthwise_conv_bn_act_backward_out", TORCH_BOX(&effnet::backward_out));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
   m.impl("depthwise_conv_bn_act", TORCH_BOX(&effnet::inference));

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "../arguments.h"
 
@@ -29,6 +30,17 @@ struct DepthwisePlan {
   int64_t units(const DepthwiseShape& s) const { return s.batch * bands * strips; }
   int padded_channels() const { return vectors * lanes; }
 };
+
+// The tile that computes the fewest columns beyond the last, the largest of those. It is a multiple
+// of `multiple`.
+inline int best_depthwise_tile(int columns, int multiple = 1) {
+  const auto computed = [&](int tile) { return (columns + tile - 1) / tile * tile; };
+  int best = 8;
+  for (const int tile : {7, 4}) {
+    if (tile % multiple == 0 && computed(tile) < computed(best)) best = tile;
+  }
+  return best;
+}
 
 // Work on items [begin, end). `scratch` is this thread's. The partial results of slot i, `rows`
 // values a channel, are at partials + i * rows * padded_channels, in the accumulate dtype.

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../ops.h"
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
@@ -63,7 +64,9 @@ void excite(const Gate& a, void* excited) {
   kernels_for(a.weight_dtype).activate(a.activation, excited, a.batch * a.squeezed);
 }
 
-void run(const SqueezeExciteGate& a) {
+}  // namespace
+
+void squeeze_excite_gate(const SqueezeExciteGate& a) {
   const auto& k = kernels_for(a.weight_dtype);
   parallel(a.squeezed, a.batch * a.channels,
            [&](int64_t begin, int64_t end) { k.hidden(a, begin, end); });
@@ -75,6 +78,8 @@ void run(const SqueezeExciteGate& a) {
              k.gate(a, excited.get(), begin, end, scratch.get());
            });
 }
+
+namespace {
 
 void run(const SqueezeExciteGateBackward& a) {
   const auto& k = kernels_for(a.weight_dtype);
@@ -113,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor image, OptionalTensor 
   Tensor hidden = empty_sums(input, {n, reduce_weight.size(0)}), gate = empty_sums(input, {n, c});
   if (output.numel() > 0) {
     if (!pooled) run(check_channel_sums(input, std::nullopt, sums));
-    run(check_squeeze_excite_gate(pooled ? *pooled : sums, pixels, reduce_weight, reduce_bias,
-                                  expand_weight, expand_bias, activation, gate_activation, hidden,
-                                  gate));
+    squeeze_excite_gate(check_squeeze_excite_gate(pooled ? *pooled : sums, pixels, reduce_weight,
+                                                  reduce_bias, expand_weight, expand_bias,
+                                                  activation, gate_activation, hidden, gate));
     run(check_channel_scale(input, gate, std::nullopt, output));
   }
   return {output, sums, hidden, gate};
@@ -129,8 +134,9 @@ std::tuple<Tensor, Tensor> gate_alone(Tensor pooled, int64_t pixels, Tensor redu
   Tensor gate = empty_sums(pooled, {pooled.size(0), pooled.size(1)});
   Tensor hidden = empty_sums(pooled, {pooled.size(0), reduce_weight.size(0)});
   if (pooled.numel() > 0) {
-    run(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias, expand_weight,
-                                  expand_bias, activation, gate_activation, hidden, gate));
+    squeeze_excite_gate(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias,
+                                                  expand_weight, expand_bias, activation,
+                                                  gate_activation, hidden, gate));
   }
   return {gate, hidden};
 }
@@ -166,8 +172,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           grad_expand_weight, grad_expand_bias};
 }
 
+// ---- The out-variants (csrc/ops.cpp), for ops that are composed of them. ----
+
+void gate_out(Tensor pooled, int64_t pixels, Tensor reduce_weight, OptionalTensor reduce_bias,
+              Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
+              int64_t gate_activation, Tensor hidden, Tensor gate) {
+  squeeze_excite_gate(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias,
+                                                expand_weight, expand_bias, activation,
+                                                gate_activation, hidden, gate));
+}
+
+void gate_backward_out(Tensor grad_gate, Tensor pooled, int64_t pixels, Tensor hidden, Tensor gate,
+                       Tensor reduce_weight, Tensor expand_weight, int64_t activation,
+                       int64_t gate_activation, Tensor grad_pooled, Tensor grad_reduce_weight,
+                       Tensor grad_reduce_bias, Tensor grad_expand_weight,
+                       Tensor grad_expand_bias) {
+  run(check_squeeze_excite_gate_backward(grad_gate, pooled, pixels, hidden, gate, reduce_weight,
+                                         expand_weight, activation, gate_activation, grad_pooled,
+                                         grad_reduce_weight, grad_reduce_bias, grad_expand_weight,
+                                         grad_expand_bias));
+}
+
 }  // namespace
 }  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("squeeze_excite_gate_out", TORCH_BOX(&effnet::gate_out));
+  m.impl("squeeze_excite_gate_backward_out", TORCH_BOX(&effnet::gate_backward_out));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
   m.impl("squeeze_excite", TORCH_BOX(&effnet::forward));

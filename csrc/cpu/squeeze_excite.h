@@ -39,6 +39,9 @@ struct SqueezeExciteKernels {
 
 constexpr int kGateBlock = 64;
 
+// The gate, on PyTorch's threads (squeeze_excite.cpp).
+void squeeze_excite_gate(const SqueezeExciteGate&);
+
 namespace avx512bf16 {
 const SqueezeExciteKernels* squeeze_excite_kernels(Dtype);
 }

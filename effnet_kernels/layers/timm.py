@@ -2,10 +2,10 @@
 
 Each adapter is a subclass of its stock block with another ``forward``, and a stock block becomes
 one by having its class changed: children, parameters, ``state_dict`` and hooks stay where they are.
-In a block the depthwise convolution, its BN and its activation run on one fused op, which also
-leaves the sums that squeeze-and-excitation needs, and that on another; the rest is called as
-before. In inference the expansion's BN and activation become the first op's prologue, so that the
-expanded tensor is read once and never written normalised.
+In inference a block is one op, ``mbconv``. Where a gradient is wanted, or something hangs on a child
+that the op would bypass, the depthwise convolution, its BN and its activation run on one op, which
+also leaves the sums that squeeze-and-excitation needs, and that on another; the rest is called as
+before, but for the expansion's BN and activation, which in inference are the first op's prologue.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath
 from timm.layers import activations as timm_act
 from timm.layers import activations_me as timm_act_me
 from timm.layers.conv2d_same import Conv2dSame
@@ -33,6 +33,7 @@ from effnet_kernels.layers.eligibility import (
     module_refusal,
     pointwise_conv_refusal,
 )
+from effnet_kernels.layers.mbconv import Excite, Stage, run_mbconv
 from effnet_kernels.ops import Prologue, squeeze_excite
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
@@ -57,13 +58,17 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
-    """``InvertedResidual`` (MBConv) whose ``conv_dw`` and ``bn2`` run as one op."""
+    """``InvertedResidual`` (MBConv) as one op, or with ``conv_dw`` and ``bn2`` as one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
         if not _takes(x, self.conv_dw, "bn2", self.bn2):
             output: Tensor = super().forward(x)
             return output
+        if not torch.is_grad_enabled() and inference_refusal(self) is None:
+            return _run_mbconv(
+                self, x, (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
+            )
         shortcut = x
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
@@ -83,13 +88,15 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
 
 
 class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
-    """``DepthwiseSeparableConv`` (MBConv without expansion), ``conv_dw`` and ``bn1`` as one op."""
+    """``DepthwiseSeparableConv`` (MBConv without expansion), in the same ways."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
         if not _takes(x, self.conv_dw, "bn1", self.bn1):
             output: Tensor = super().forward(x)
             return output
+        if not torch.is_grad_enabled() and inference_refusal(self) is None:
+            return _run_mbconv(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
@@ -104,6 +111,78 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
 
 def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
     return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
+
+
+def inference_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:
+    """Why ``block``, whose depthwise stage the caller has checked, is not one op in inference."""
+    if type(block) is FusedInvertedResidual or type(block) is InvertedResidual:
+        convs = (("conv_pw", block.conv_pw), ("conv_pwl", block.conv_pwl))
+        norms = (("bn1", block.bn1), ("bn2", block.bn2), ("bn3", block.bn3))
+    else:
+        convs = (("conv_pw", block.conv_pw),)
+        norms = (("bn1", block.bn1), ("bn2", block.bn2))
+    for name, conv in convs:
+        reason = pointwise_conv_refusal(name, conv)
+        if reason is not None:
+            return reason
+        if conv.bias is not None:
+            return f"{name} has a bias"
+    for name, norm in norms:
+        reason = _norm_act_refusal(name, norm)
+        if reason is not None:
+            return reason
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return f"{name} normalises by the statistics of the batch"
+    if block.conv_s2d is not None:
+        return "it has a space-to-depth convolution"
+    for name, module in (("aa", block.aa), ("drop_path", block.drop_path)):
+        idle = type(module) is nn.Identity or (type(module) is DropPath and not module.training)
+        reason = None if idle else f"is a {type(module).__name__}"
+        reason = reason or module_refusal(module)
+        if reason is not None:
+            return f"{name} {reason}"
+    if type(block.se) is nn.Identity:
+        reason = module_refusal(block.se)
+        return None if reason is None else f"se {reason}"
+    return squeeze_excite_refusal(block.se)
+
+
+_ConvNorm = tuple[nn.Conv2d, BatchNormAct2d]
+
+
+def _run_mbconv(
+    block: InvertedResidual | DepthwiseSeparableConv,
+    x: Tensor,
+    expand: _ConvNorm | None,
+    depthwise: _ConvNorm,
+    project: _ConvNorm,
+) -> Tensor:
+    """A block that ``inference_refusal`` has nothing against."""
+    se = block.se
+    return run_mbconv(
+        x,
+        None if expand is None else _stage(*expand),
+        _stage(*depthwise),
+        None
+        if type(se) is nn.Identity
+        else Excite(
+            se.conv_reduce,
+            se.conv_expand,
+            _ACTIVATIONS[type(se.act1)],
+            _ACTIVATIONS[type(se.gate)],
+        ),
+        _stage(*project),
+        _padding(depthwise[0]),
+        residual=block.has_skip,
+    )
+
+
+def _stage(conv: nn.Conv2d, norm: BatchNormAct2d) -> Stage:
+    return Stage(conv, norm, _ACTIVATIONS[type(norm.act)])
+
+
+def _padding(conv: nn.Conv2d) -> str | tuple[int, int]:
+    return "same" if type(conv) is Conv2dSame else conv_padding(conv)
 
 
 def depthwise_refusal(conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> str | None:
@@ -197,9 +276,8 @@ def _depthwise_squeeze_excite(
         and type(block.aa) is nn.Identity
         and module_refusal(block.aa) is None
     )
-    padding = "same" if type(conv) is Conv2dSame else conv_padding(conv)
     x, pooled = run_depthwise_conv_bn_act(
-        x, conv, bn, _ACTIVATIONS[type(bn.act)], padding, pool=fused, prologue=prologue
+        x, conv, bn, _ACTIVATIONS[type(bn.act)], _padding(conv), pool=fused, prologue=prologue
     )
     if not fused:
         x = block.aa(x)

@@ -4,15 +4,25 @@ ops with their fakes and derivatives, and the table of the memory traffic.
 
 from effnet_kernels.ops.depthwise_conv_bn_act import (
     DepthwiseConvBnActOutput,
-    Prologue,
     depthwise_conv_bn_act,
 )
+from effnet_kernels.ops.mbconv import ConvBn, SqueezeExcite, mbconv
+from effnet_kernels.ops.pointwise_conv_bn_act import (
+    PointwiseConvBnActOutput,
+    pointwise_conv_bn_act,
+)
+from effnet_kernels.ops.prologue import Prologue
 from effnet_kernels.ops.squeeze_excite import squeeze_excite, squeeze_excite_gate
 
 __all__ = [
+    "ConvBn",
     "DepthwiseConvBnActOutput",
+    "PointwiseConvBnActOutput",
     "Prologue",
+    "SqueezeExcite",
     "depthwise_conv_bn_act",
+    "mbconv",
+    "pointwise_conv_bn_act",
     "squeeze_excite",
     "squeeze_excite_gate",
 ]

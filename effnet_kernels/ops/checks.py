@@ -49,9 +49,13 @@ def check_same_device(argument: str, tensor: Tensor, device: torch.device) -> No
 
 
 def check_channel_vector(
-    argument: str, tensor: Tensor | None, channels: int, device: torch.device
+    argument: str,
+    tensor: Tensor | None,
+    channels: int,
+    device: torch.device,
+    whose: str = "the channels of input",
 ) -> None:
-    """``tensor`` is None or a floating-point (C,) tensor beside an input of C channels.
+    """``tensor`` is None or a floating-point (C,) tensor; ``whose``: what C is, for a message.
 
     Raises:
         TypeError: it is neither None nor a floating-point tensor.
@@ -66,9 +70,74 @@ def check_channel_vector(
     if tensor.ndim != 1 or tensor.shape[0] != channels:
         raise ValueError(
             f"{argument}: got shape {tuple(tensor.shape)}, "
-            f"expected ({channels},), the channels of input"
+            f"expected ({channels},), {whose}"
         )
     check_same_device(argument, tensor, device)
+
+
+def check_shape(
+    argument: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """``tensor`` is a floating-point tensor of ``shape``.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape or device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: got {type(tensor).__name__}, expected a Tensor or None")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{argument}: got dtype {tensor.dtype}, expected a floating-point dtype")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{argument}: got shape {tuple(tensor.shape)}, expected {shape}")
+    check_same_device(argument, tensor, device)
+
+
+def check_pointwise_weight(
+    argument: str, weight: Tensor, input: Tensor, channels: int
+) -> Tensor:
+    """``weight``, a (K, ``channels``) matrix or 1x1 kernel of ``input``'s dtype, as a matrix.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape or device.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{argument}: got {type(weight).__name__}, expected a Tensor")
+    shape = tuple(weight.shape)
+    if weight.ndim not in (2, 4) or shape[2:] not in ((), (1, 1)) or shape[1] != channels:
+        raise ValueError(
+            f"{argument}: got shape {shape}, expected (K, {channels}) or (K, {channels}, 1, 1)"
+        )
+    if weight.dtype != input.dtype:
+        raise TypeError(f"{argument}: got dtype {weight.dtype}, expected {input.dtype}, input's")
+    check_same_device(argument, weight, input.device)
+    return weight.flatten(1)
+
+
+def check_eps(argument: str, eps: float) -> None:
+    """``eps`` is a number >= 0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or NaN.
+    """
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"{argument}: got {type(eps).__name__}, expected a float")
+    if not eps >= 0:
+        raise ValueError(f"{argument}: got {eps}, expected a number >= 0")
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast casts a convolution's ``input`` to, or None where it does not."""
+    device = input.device.type
+    if (
+        device in ("cpu", "cuda")
+        and torch.is_autocast_enabled(device)
+        and input.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def one_or_pair(argument: str, value: int | Sequence[int]) -> int:

@@ -51,24 +51,16 @@ from torch import Tensor
 from effnet_kernels import backends
 from effnet_kernels.activations import EAGER, Activation, activation_code
 from effnet_kernels.ops import checks, library
+from effnet_kernels.ops.prologue import (
+    Prologue,
+    check_prologue,
+    kernel_prologue,
+    reference_prologue,
+)
 
 OP = "depthwise_conv_bn_act"
 # Plain ints: the dispatcher takes several microseconds to see that an enum's member is one.
 _CODES = {activation.name: int(activation) for activation in Activation}
-
-
-class Prologue(NamedTuple):
-    """What is applied to the input as it is loaded: ``activation(input * scale + shift)``.
-
-    Attributes:
-        scale: (C,), floating point.
-        shift: (C,), floating point.
-        activation: an activation's name.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    activation: str = "identity"
 
 
 class DepthwiseConvBnActOutput(NamedTuple):
@@ -153,17 +145,13 @@ def depthwise_conv_bn_act(
 
     checks.check_image("input", input)
     device = input.device
-    if (
-        device.type in ("cpu", "cuda")
-        and torch.is_autocast_enabled(device.type)
-        and input.dtype != torch.float64
-    ):
-        low = torch.get_autocast_dtype(device.type)
+    low = checks.autocast_dtype(input)
+    if low is not None:
         input = input.to(low)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             weight = weight.to(low)
-    _check_weight(weight, input)
     channels = input.shape[1]
+    check_weight("weight", weight, input, channels)
     for argument, vector in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -174,27 +162,14 @@ def depthwise_conv_bn_act(
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing}: got None, expected a ({channels},) tensor unless training")
-    stride = checks.one_or_pair("stride", stride)
-    if stride not in (1, 2):
-        raise ValueError(f"stride: got {stride}, expected 1 or 2")
+    stride = check_stride(stride)
     dilation = checks.one_or_pair("dilation", dilation)
     if dilation != 1:
         raise ValueError(f"dilation: got {dilation}, expected 1")
-    pads = _padding(padding, input, weight.shape[2], stride)
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"eps: got {type(eps).__name__}, expected a float")
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, expected a number >= 0")
+    pads = check_padding(padding, input, weight.shape[2], stride)
+    checks.check_eps("eps", eps)
     code = int(activation_code("activation", activation))
-    prologue_code = int(Activation.identity)
-    if prologue is not None:
-        if not isinstance(prologue, Prologue):
-            raise TypeError(f"prologue: got {type(prologue).__name__}, expected a Prologue or None")
-        for argument, vector in (("scale", prologue.scale), ("shift", prologue.shift)):
-            if vector is None:
-                raise TypeError(f"prologue.{argument}: got None, expected a Tensor")
-            checks.check_channel_vector(f"prologue.{argument}", vector, channels, device)
-        prologue_code = int(activation_code("prologue.activation", prologue.activation))
+    prologue_code = check_prologue(prologue, channels, device)
     if training and input.shape[0] * _output_size(input, weight, stride, pads) == 1:
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, one value a channel after the convolution; "
@@ -220,10 +195,7 @@ def depthwise_conv_bn_act(
     var = None if training else checks.kernel_vector(running_var, input)
     bn_weight = checks.kernel_vector(bn_weight, input)
     bn_bias = checks.kernel_vector(bn_bias, input)
-    scale = shift = None
-    if prologue is not None:
-        scale = prologue.scale.to(checks.accumulator(input)).contiguous()
-        shift = prologue.shift.to(checks.accumulator(input)).contiguous()
+    scale, shift = kernel_prologue(prologue, input)
 
     arguments = (
         input, weight, mean, var, bn_weight, bn_bias, eps, stride, pads, code,
@@ -267,7 +239,7 @@ def _inference_as_given(
     if padding.__class__ is int:
         pads = (padding,) * 4
     elif input.ndim == 4 and isinstance(weight, Tensor) and weight.ndim == 4 and stride in (1, 2):
-        pads = _padding(padding, input, weight.shape[2], stride)
+        pads = check_padding(padding, input, weight.shape[2], stride)
     else:
         return None
     if dilation != 1 and checks.one_or_pair("dilation", dilation) != 1:
@@ -313,10 +285,7 @@ def reference(
 
     Arguments as there, checked; ``pads`` is (top, left, bottom, right).
     """
-    x = input
-    if prologue is not None:
-        x = torch.addcmul(prologue.shift.view(-1, 1, 1), x, prologue.scale.view(-1, 1, 1))
-        x = EAGER[Activation[prologue.activation]](x.to(input.dtype))
+    x = reference_prologue(input, prologue)
     top, left, bottom, right = pads
     device = input.device.type
     autocast = torch.amp.is_autocast_available(device)  # the meta device, for one, has none
@@ -346,18 +315,37 @@ def reference(
     return DepthwiseConvBnActOutput(y, pooled, mean, var)
 
 
-def _check_weight(weight: Tensor, input: Tensor) -> None:
-    checks.check_image("weight", weight)
-    channels, shape = input.shape[1], weight.shape
+def check_weight(argument: str, weight: Tensor, input: Tensor, channels: int) -> None:
+    """``weight`` holds one filter for each of ``channels`` channels, in ``input``'s dtype.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape or device.
+    """
+    checks.check_image(argument, weight)
+    shape = tuple(weight.shape)
     k = shape[2]
-    if k not in (3, 5, 7) or tuple(shape) != (channels, 1, k, k):
+    if k not in (3, 5, 7) or shape != (channels, 1, k, k):
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) "
+            f"{argument}: got shape {shape}, expected ({channels}, 1, k, k) "
             "with k 3, 5 or 7, one filter a channel of input"
         )
     if weight.dtype != input.dtype:
-        raise TypeError(f"weight: got dtype {weight.dtype}, expected {input.dtype}, input's")
-    checks.check_same_device("weight", weight, input.device)
+        raise TypeError(f"{argument}: got dtype {weight.dtype}, expected {input.dtype}, input's")
+    checks.check_same_device(argument, weight, input.device)
+
+
+def check_stride(stride: int | Sequence[int]) -> int:
+    """``stride``, 1 or 2, the same for height and width.
+
+    Raises:
+        TypeError: it is no int or pair of ints.
+        ValueError: it is another number.
+    """
+    stride = checks.one_or_pair("stride", stride)
+    if stride not in (1, 2):
+        raise ValueError(f"stride: got {stride}, expected 1 or 2")
+    return stride
 
 
 def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None:
@@ -382,10 +370,15 @@ def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None
     return backends.TRITON.name if stride == 2 or (small and not grad) else None
 
 
-def _padding(
+def check_padding(
     padding: int | str | Sequence[int], input: Tensor, k: int, stride: int
 ) -> tuple[int, int, int, int]:
-    """``padding`` as (top, left, bottom, right), checked against the input's extent."""
+    """``padding`` as (top, left, bottom, right), checked against the input's extent.
+
+    Raises:
+        TypeError: it is neither "same" nor ints.
+        ValueError: a side, or the input, is too small or too large.
+    """
     if not isinstance(padding, (int, str, Sequence)):
         raise TypeError(f"padding: got {padding!r}, expected 'same', an int, or 2 or 4 ints")
     height, width = input.shape[2], input.shape[3]
@@ -417,7 +410,8 @@ def _padding(
     return pads
 
 
-def _output_hw(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) -> tuple[int, int]:
+def output_hw(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the convolution; ``pads`` is (top, left, bottom, right)."""
     top, left, bottom, right = pads
     k = weight.shape[2]
     return (
@@ -427,7 +421,7 @@ def _output_hw(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) 
 
 
 def _output_size(input: Tensor, weight: Tensor, stride: int, pads: Sequence[int]) -> int:
-    height, width = _output_hw(input, weight, stride, pads)
+    height, width = output_hw(input, weight, stride, pads)
     return height * width
 
 
@@ -442,7 +436,7 @@ _PROLOGUE = "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activa
 
 
 def _empty_output(input: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
-    height, width = _output_hw(input, weight, stride, padding)
+    height, width = output_hw(input, weight, stride, padding)
     return torch.empty(
         (input.shape[0], input.shape[1], height, width),
         dtype=input.dtype,

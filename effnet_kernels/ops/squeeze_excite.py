@@ -88,10 +88,10 @@ def squeeze_excite(
     n, channels, height, width = input.shape
     if pooled is not None:
         _check_pooled(pooled, (n, channels), input.device, checks.accumulator(input))
-    weights = _check_weights(
+    weights = check_weights(
         reduce_weight, reduce_bias, expand_weight, expand_bias, channels, input.device
     )
-    activation_index, gate_index = _codes(activation, gate)
+    activation_index, gate_index = codes(activation, gate)
     if height * width == 0:
         raise ValueError(f"input: got shape {tuple(input.shape)}, expected pixels to pool")
     backend = backends.select(OP, input)
@@ -103,7 +103,7 @@ def squeeze_excite(
     output, _, _, _ = _FORWARD[backend](
         input.contiguous(memory_format=torch.channels_last),
         None if pooled is None else pooled.contiguous(),
-        *_kernel_weights(weights, input.dtype),
+        *kernel_weights(weights, input.dtype),
         activation_index,
         gate_index,
     )
@@ -148,10 +148,10 @@ def squeeze_excite_gate(
         raise TypeError(f"pixels: got {type(pixels).__name__}, expected an int")
     if pixels < 1:
         raise ValueError(f"pixels: got {pixels}, expected at least 1")
-    weights = _check_weights(
+    weights = check_weights(
         reduce_weight, reduce_bias, expand_weight, expand_bias, pooled.shape[1], pooled.device
     )
-    activation_index, gate_index = _codes(activation, gate)
+    activation_index, gate_index = codes(activation, gate)
     backend = backends.select(f"{OP}_gate", pooled)
     if backend == backends.EAGER:
         mean = (pooled / pixels)[:, :, None, None]
@@ -160,7 +160,7 @@ def squeeze_excite_gate(
     result, _ = _GATE[backend](
         pooled.contiguous(),
         pixels,
-        *_kernel_weights(weights, pooled.dtype),
+        *kernel_weights(weights, pooled.dtype),
         activation_index,
         gate_index,
     )
@@ -214,7 +214,7 @@ def _reference_gate(
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def _check_weights(
+def check_weights(
     reduce_weight: Tensor,
     reduce_bias: Tensor | None,
     expand_weight: Tensor,
@@ -222,7 +222,12 @@ def _check_weights(
     channels: int,
     device: torch.device,
 ) -> Weights:
-    """The four as matrices and vectors, checked."""
+    """The four as matrices and vectors, for an input of ``channels`` channels.
+
+    Raises:
+        TypeError: one is of the wrong type or dtype.
+        ValueError: one is of the wrong shape or device.
+    """
     reduce = _matrix("reduce_weight", reduce_weight, device)
     expand = _matrix("expand_weight", expand_weight, device)
     squeezed = reduce.shape[0]
@@ -267,7 +272,12 @@ def _check_pooled(
     checks.check_same_device("pooled", pooled, device)
 
 
-def _codes(activation: str, gate: str) -> tuple[int, int]:
+def codes(activation: str, gate: str) -> tuple[int, int]:
+    """The codes of both activations.
+
+    Raises:
+        ValueError: one is not among ``HIDDEN_ACTIVATIONS`` or ``GATES``.
+    """
     code, gate_code = activation_code("activation", activation), activation_code("gate", gate)
     if activation not in HIDDEN_ACTIVATIONS:
         raise ValueError(
@@ -278,7 +288,7 @@ def _codes(activation: str, gate: str) -> tuple[int, int]:
     return int(code), int(gate_code)
 
 
-def _kernel_weights(weights: Weights, dtype: torch.dtype) -> Weights:
+def kernel_weights(weights: Weights, dtype: torch.dtype) -> Weights:
     """The weights as the kernels read them: contiguous, and all of one dtype, which is theirs if
     they agree, else float32 (float64 beside float64).
     """

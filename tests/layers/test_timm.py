@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 
 import effnet_kernels
 from effnet_kernels import convert, report
-from effnet_kernels.layers.timm import squeeze_excite_refusal
+from effnet_kernels.layers.timm import inference_refusal, squeeze_excite_refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,8 +74,11 @@ def assert_same(stock: Block, fused: Block, x: torch.Tensor, *, fused_calls: int
         eager = run(stock, x, training)
         with Calls() as calls:
             ours = run(fused, x, training)
+        # One of the two runs is without gradients.
+        assert calls.whole == (fused_calls if inference_refusal(fused) is None else 0)
         assert calls.fused == 2 * fused_calls
-        assert calls.gated == (2 if hasattr(stock, "se") and type(stock.se) is SqueezeExcite else 0)
+        gated = hasattr(stock, "se") and type(stock.se) is SqueezeExcite
+        assert calls.gated == (2 * fused_calls - calls.whole if gated else 0)
         for name, truth in run(exact, x.double(), training).items():
             if not truth.is_floating_point():
                 assert torch.equal(ours[name], truth), name
@@ -297,40 +300,42 @@ def test_squeeze_excite_left_alone(change: Callable[[Any], Any], reason: str) ->
         torch.testing.assert_close(ours, stock.eval()(images()), rtol=1e-4, atol=1e-4)
 
 
-def test_prologue_in_inference_only() -> None:
-    """The expansion's BN goes into the op where no gradient is wanted and nothing listens."""
-    stock, fused = make_blocks()
+def test_whole_block_in_inference_only() -> None:
+    """A block is one op where no gradient is wanted and nothing listens."""
+    stock, fused = make_blocks(se_layer=SqueezeExcite)
     fused.eval()
     stock.eval()
-    batch_norms = "aten::batch_norm", "aten::native_batch_norm", "aten::_batch_norm_no_update"
 
-    def norms(grad: bool) -> int:
-        with torch.set_grad_enabled(grad), Calls() as calls:
-            output = fused(images())
-            torch.testing.assert_close(output, stock(images()), rtol=1e-4, atol=1e-4)
-        assert calls.fused == 1
-        # The stock block's own three are counted as well.
-        return sum(calls.count[name] for name in batch_norms) - 3
+    def ops(grad: bool) -> tuple[int, int, int]:
+        with torch.set_grad_enabled(grad):
+            expected = stock(images())
+            with Calls() as calls:
+                torch.testing.assert_close(fused(images()), expected, rtol=1e-4, atol=1e-4)
+        batch_norms = ("aten::batch_norm", "aten::native_batch_norm", "aten::_batch_norm_no_update")
+        return calls.whole, calls.fused, sum(calls.count[name] for name in batch_norms)
 
-    assert norms(False) == 1
-    assert norms(True) == 2
+    assert ops(False) == (1, 1, 0)
+    assert ops(True) == (0, 1, 2)
     fused.bn1.train()
     stock.bn1.train()
-    assert norms(False) == 2
+    assert ops(False) == (0, 1, 2)
     fused.bn1.eval()
     stock.bn1.eval()
-    seen = []
-    handle = fused.bn1.register_forward_hook(lambda *_: seen.append(1))
-    assert norms(False) == 2
-    assert seen
-    handle.remove()
+    for child in ("conv_pw", "bn1", "bn3", "conv_pwl", "drop_path", "aa"):
+        seen: list[int] = []
+        handle = fused.get_submodule(child).register_forward_hook(lambda *_, s=seen: s.append(1))
+        # Where bn1 is listened to it is no prologue.
+        assert ops(False) == (0, 1, 2 if child == "bn1" else 1)
+        assert seen
+        handle.remove()
+    assert ops(False) == (1, 1, 0)
     fused.bn1.act = nn.GELU()
     stock.bn1.act = nn.GELU()
-    assert norms(False) == 2
+    assert ops(False) == (0, 1, 2)
 
 
-def test_prologue_of_a_plain_bn() -> None:
-    """BN without an affine map or in 16 bits, as a prologue."""
+def test_plain_and_16_bit_bn() -> None:
+    """BN without an affine map or in 16 bits, in a whole block."""
     stock, _ = make_blocks()
     for block_norm in (stock.bn1, stock.bn2):
         block_norm.weight = block_norm.bias = None
@@ -370,7 +375,7 @@ def test_autocast(training: bool) -> None:
     for block in (fused, stock):
         with torch.autocast("cpu", torch.bfloat16), Calls() as calls:
             outputs.append(run(block, images(), training))
-        assert calls.fused == calls.gated == (2 if block is fused else 0)
+        assert calls.fused == calls.gated + calls.whole == (2 if block is fused else 0)
     truth = run(exact, images().double(), training)
     for name in ("output", "output without grad", "grad input", "grad conv_dw.weight"):
         ours, eager = (o[name] for o in outputs)

@@ -1,0 +1,80 @@
+// Between the driver of the MBConv block (mbconv.cpp) and its kernels, which are compiled once for
+// each instruction set (mbconv_kernels.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../arguments.h"
+#include "depthwise_conv_bn_act.h"
+
+namespace effnet {
+
+// How an image goes through the block. The expanded tensor is made and used block of channels after
+// block: `group_rows` of its rows at a time are computed into a ring of `ring_rows` rows, from
+// which the depthwise convolution takes its windows. No rounding depends on any of these.
+struct MbconvPlan {
+  DepthwisePlan depthwise;  // lanes, vectors, block_vectors, blocks and tile
+  int group_rows, ring_rows;
+  // The input in the accumulate dtype, where it is not that already: values between two pixels.
+  bool widened;
+  int64_t input_stride;
+  int64_t expand_panels, project_panels;
+  int64_t project_padded;  // project's channels in whole vectors
+  int64_t project_rows;    // rows that are projected together
+  // Whether the gate is multiplied into project's weight, an image at a time, or into its rows.
+  bool gate_weights;
+
+  int64_t padded_channels() const { return depthwise.padded_channels(); }
+};
+
+// The packed weights of a call, in the accumulate dtype: panels as in gemm.h with what their sums
+// start with, and the depthwise taps, [vector][k * k][lane], likewise.
+struct MbconvWeights {
+  void *expand, *expand_start;
+  void *depthwise, *depthwise_start;
+  void *project, *project_start;
+};
+
+// F is the accumulate dtype, T the call's.
+struct MbconvKernels {
+  int lanes;
+  // Blocks [begin, end) of expand and depthwise; scratch: 8 * padded_channels F.
+  void (*pack_block)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&, int64_t begin,
+                     int64_t end, void* scratch);
+  // Panels [begin, end) of project.
+  void (*pack_project)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
+                       int64_t begin, int64_t end);
+  // Pixels [begin, end) of image n to F, plan.input_stride apart.
+  void (*widen)(const MbconvInference&, const MbconvPlan&, int64_t n, int64_t begin, int64_t end,
+                void* to);
+  // Blocks [begin, end) of channels of one image: input (pixels, input_stride) F -> depthwise
+  // (pixels, C) T, and pooled (C) F unless null. scratch: ring_bytes.
+  void (*expand_depthwise)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
+                           const void* input, int64_t begin, int64_t end, void* scratch,
+                           void* depthwise, void* pooled);
+  size_t (*ring_bytes)(const MbconvInference&, const MbconvPlan&);
+  // to = panels [begin, end) of project with every channel times its gate.
+  void (*gate_panels)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
+                      const void* gate, int64_t begin, int64_t end, void* to);
+  // Pixels [row, row + rows) of depthwise times panels [begin, end) of `panels`, to image n of the
+  // output. gate: (C) F, multiplied into the rows, or null. scratch: rows * C F.
+  void (*project)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
+                  const void* panels, int64_t n, const void* depthwise, const void* gate,
+                  int64_t row, int64_t rows, int64_t begin, int64_t end, void* scratch);
+};
+
+namespace avx512bf16 {
+const MbconvKernels* mbconv_kernels(Dtype);
+}
+namespace avx512 {
+const MbconvKernels* mbconv_kernels(Dtype);
+}
+namespace avx2 {
+const MbconvKernels* mbconv_kernels(Dtype);
+}
+namespace baseline {
+const MbconvKernels* mbconv_kernels(Dtype);
+}
+
+}  // namespace effnet

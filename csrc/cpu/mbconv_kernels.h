@@ -1,0 +1,226 @@
+// The kernels of the MBConv block, compiled once for each instruction set.
+//
+//   input (H W, Cin) --multiply_rows--> ring of rows (W, block of C) --correlate--> depthwise
+//   (OH OW, C), pooled (C)                             for each block of channels
+//   depthwise * gate --multiply_rows--> + input --> output (OH OW, K)
+//
+// A block of the expanded tensor lives for a few rows, in L1 and L2; the depthwise result of one
+// image is kept in the cache until it is projected.
+#pragma once
+
+#include "gemm.h"
+#include "mbconv.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+namespace {
+
+template <class T>
+void pack_block(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
+                int64_t begin, int64_t end, void* memory) {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  const DepthwiseShape& s = a.shape;
+  const int taps = s.kernel * s.kernel;
+  Scratch<F> scratch(memory);
+  PackedBatchNorm<F> bn(scratch, p.depthwise);
+  for (int64_t block = begin; block < end; ++block) {
+    const Block b = block_at(s, p.depthwise, static_cast<int>(block));
+    bn.start_block(a.bn, p.depthwise, b);
+    pack_weight(static_cast<F*>(w.depthwise) + b.channel * taps, static_cast<const T*>(a.weight),
+                bn.scale, taps, p.depthwise, b);
+    F* start = static_cast<F*>(w.depthwise_start) + b.channel;
+    for (int64_t i = 0; i < int64_t{b.vectors} * S::lanes; ++i) start[i] = bn.shift[i];
+    if (a.expand_weight == nullptr) continue;
+    const int64_t first = b.channel / kPanel<S>;
+    const int64_t last = block == p.depthwise.blocks - 1 ? p.expand_panels
+                                                         : first + b.vectors * S::lanes / kPanel<S>;
+    pack_panels(static_cast<F*>(w.expand), static_cast<F*>(w.expand_start),
+                static_cast<const T*>(a.expand_weight), a.expand_bn, s.channels, a.in_channels,
+                p.expand_panels, first, last);
+  }
+}
+
+template <class T>
+void pack_project(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
+                  int64_t begin, int64_t end) {
+  using F = typename Simd<T>::Scalar;
+  pack_panels(static_cast<F*>(w.project), static_cast<F*>(w.project_start),
+              static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels,
+              a.shape.channels, p.project_panels, begin, end);
+}
+
+template <class T>
+void widen(const MbconvInference& a, const MbconvPlan& p, int64_t n, int64_t begin, int64_t end,
+           void* to) {
+  using F = typename Simd<T>::Scalar;
+  const int64_t first = n * a.shape.in_h * a.shape.in_w + begin;
+  widen_rows<T>(static_cast<F*>(to) + begin * p.input_stride, p.input_stride,
+                static_cast<const T*>(a.input) + first * a.in_channels, end - begin, a.in_channels,
+                nullptr, nullptr, Activation::identity, nullptr);
+}
+
+// A block's results of the depthwise convolution -> activation -> depthwise image, pooled sums.
+template <class T>
+struct BlockSink {
+  using S = Simd<T>;
+  Activation activation;
+  RowSums<S>* sums;  // or null
+  OutputRow<T> row;
+
+  template <int Tile>
+  EFFNET_INLINE void take(typename S::V (&sum)[Tile], int x, int v) const {
+    activate_tile<S>(activation, sum);
+    row.store(sum, x, v);
+    if (sums != nullptr) sums->add(v, sum_of_tile<S>(sum, x, row.count));
+  }
+};
+
+template <class T>
+size_t ring_bytes(const MbconvInference& a, const MbconvPlan& p) {
+  using F = typename Simd<T>::Scalar;
+  const int64_t block = int64_t{p.depthwise.block_vectors} * p.depthwise.lanes;
+  const int64_t ring = a.expand_weight == nullptr ? 0 : p.ring_rows * a.shape.in_w * block;
+  return (ring + 2 * block + 4 * 64 / sizeof(F)) * sizeof(F);
+}
+
+template <class T>
+void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
+                      const void* input, int64_t begin, int64_t end, void* memory, void* depthwise,
+                      void* pooled) {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  constexpr int L = S::lanes;
+  const DepthwiseShape& s = a.shape;
+  const int taps = s.kernel * s.kernel;
+  const bool expands = a.expand_weight != nullptr;
+  const F* x = static_cast<const F*>(input);
+  Scratch<F> scratch(memory);
+  RowSums<S> sums(scratch, p.depthwise);
+  F* ring = scratch.take(0);
+  const auto correlate = correlate_for<F, BlockSink<T>>(s, p.depthwise.tile);
+  const Unit image{0, 0, s.out_h, 0, s.out_w, 0, s.in_h, 0, s.in_w};
+  for (int64_t block = begin; block < end; ++block) {
+    const Block b = block_at(s, p.depthwise, static_cast<int>(block));
+    const int width = b.vectors * L;
+    const int64_t first = b.channel / kPanel<S>;
+    const int64_t last =
+        block == p.depthwise.blocks - 1 ? p.expand_panels : first + width / kPanel<S>;
+    Window<S> window;
+    window.pitch = L;
+    window.step = expands ? width : p.input_stride;
+    window.origin = -s.pad_left;
+    window.width = s.in_w;
+    window.ahead[0] = window.ahead[1] = nullptr;
+    BlockSink<T> sink{a.activation, pooled == nullptr ? nullptr : &sums,
+                      OutputRow<T>(s, p.depthwise, b, image)};
+    sums.clear(b.vectors);
+    int next = 0;  // the first row that is not in the ring
+    for (int oh = 0; oh < s.out_h; ++oh) {
+      const int top = oh * s.stride - s.pad_top;
+      window.lo = greater(-top, 0);
+      window.hi = lesser(s.kernel, s.in_h - top);
+      while (expands && next < top + window.hi) {
+        const int rows = lesser(p.group_rows, s.in_h - next);
+        GemmOutput<F> out{};
+        out.to = ring + int64_t{next % p.ring_rows} * s.in_w * width - b.channel;
+        out.stride = width;
+        out.activation = a.expand_activation;
+        multiply_rows<F>(x + int64_t{next} * s.in_w * p.input_stride, p.input_stride, rows * s.in_w,
+                         static_cast<const F*>(w.expand), static_cast<const F*>(w.expand_start),
+                         a.in_channels, s.channels, p.expand_panels, first, last, out);
+        next += rows;
+      }
+      for (int i = window.lo; i < window.hi; ++i) {
+        const int64_t row = top + i;
+        window.rows[i] = expands ? ring + row % p.ring_rows * s.in_w * width
+                                 : x + row * s.in_w * p.input_stride + b.channel;
+      }
+      sink.row.start(depthwise, s, b, image, oh);
+      correlate(window, static_cast<const F*>(w.depthwise) + b.channel * taps,
+                static_cast<const F*>(w.depthwise_start) + b.channel, s.out_w, b.vectors, sink);
+    }
+    if (pooled == nullptr) continue;
+    const int64_t channels = block_channels(p.depthwise, b);
+    for (int64_t i = 0; i < channels; ++i) {
+      static_cast<F*>(pooled)[b.channel + i] = sums.data()[i] + sums.lost()[i];
+    }
+  }
+}
+
+template <class T>
+void gate_panels(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
+                 const void* gate, int64_t begin, int64_t end, void* to) {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  const int depth = a.shape.channels;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t offset = panel * kPanel<S> * depth;
+    const int vectors = panel_vectors<S>(panel, p.project_panels, a.out_channels);
+    const F* from = static_cast<const F*>(w.project) + offset;
+    F* gated = static_cast<F*>(to) + offset;
+    for (int c = 0; c < depth; ++c) {
+      const auto factor = S::set(static_cast<const F*>(gate)[c]);
+      for (int v = 0; v < vectors; ++v, from += S::lanes, gated += S::lanes) {
+        S::store(gated, S::load(from) * factor);
+      }
+    }
+  }
+}
+
+template <class T>
+void project(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
+             const void* panels, int64_t n, const void* depthwise, const void* gate, int64_t row,
+             int64_t rows, int64_t begin, int64_t end, void* scratch) {
+  using F = typename Simd<T>::Scalar;
+  const int c = a.shape.channels;
+  const T* input = static_cast<const T*>(depthwise) + row * c;
+  const F* from = static_cast<const F*>(scratch);
+  if (sizeof(T) == sizeof(F) && gate == nullptr) {
+    from = reinterpret_cast<const F*>(input);
+  } else {
+    widen_rows<T>(static_cast<F*>(scratch), c, input, rows, c, nullptr, nullptr,
+                  Activation::identity, static_cast<const F*>(gate));
+  }
+  const int64_t offset = (n * a.shape.out_h * a.shape.out_w + row) * a.out_channels;
+  GemmOutput<T> out{};
+  out.to = static_cast<T*>(a.output) + offset;
+  out.stride = a.out_channels;
+  out.residual = a.residual ? static_cast<const T*>(a.input) + offset : nullptr;
+  out.activation = a.project_activation;
+  multiply_rows<T>(from, c, static_cast<int>(rows), static_cast<const F*>(panels),
+                   static_cast<const F*>(w.project_start), c, a.out_channels, p.project_panels,
+                   begin, end, out);
+}
+
+template <class T>
+const MbconvKernels* kernels_of() {
+  static constexpr MbconvKernels kernels = {Simd<T>::lanes, pack_block<T>,       pack_project<T>,
+                                            widen<T>,       expand_depthwise<T>, ring_bytes<T>,
+                                            gate_panels<T>, project<T>};
+  return &kernels;
+}
+
+}  // namespace
+
+const MbconvKernels* mbconv_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bfloat16:
+      return kernels_of<bfloat16>();
+#if !defined(EFFNET_TARGET_AVX512BF16)
+    case Dtype::float32:
+      return kernels_of<float>();
+    case Dtype::float16:
+      return kernels_of<half>();
+#endif
+#if defined(EFFNET_TARGET_BASELINE)
+    case Dtype::float64:
+      return kernels_of<double>();
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,102 @@
+// The pointwise op on the CPU: cuts a call into items (PointwisePlan) and runs them on PyTorch's
+// threads.
+#include "pointwise_conv_bn_act.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../checks.h"
+#include "isa.h"
+#include "memory.h"
+#include "results.h"
+
+namespace effnet {
+namespace {
+
+constexpr KernelsByIsa<PointwiseKernels> kernels_for = EFFNET_KERNELS_BY_ISA(pointwise_kernels);
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a block of rows takes of a core's L2 as the panels pass by.
+constexpr int64_t kBlockBytes = 128 * 1024;
+// Multiply-adds that are worth a thread: about 10 microseconds.
+constexpr int64_t kGrain = 1 << 19;
+// Items, if there is work enough: several for each thread of a large machine.
+constexpr int64_t kItems = 64;
+
+PointwisePlan make_plan(const PointwiseInference& a, const PointwiseKernels& k) {
+  const int64_t size = element_size(accumulate_dtype(a.dtype));
+  PointwisePlan p;
+  const int64_t vectors = ceil_div(a.out_channels, k.lanes);
+  p.panel = 2 * k.lanes;
+  p.panels = std::max<int64_t>(vectors / 2, 1);
+  p.padded_channels = vectors * k.lanes;
+  const bool together = a.gate == nullptr && a.pooled == nullptr;
+  p.images = together ? 1 : a.batch;
+  p.rows = together ? a.batch * a.pixels : a.pixels;
+  p.widened = a.prologue.scale != nullptr || a.gate != nullptr || element_size(a.dtype) != size;
+  const int64_t fit = std::max<int64_t>(kBlockBytes / (a.in_channels * size), 24);
+  const int64_t wanted = std::max<int64_t>(ceil_div(p.images * p.rows, kItems), 24);
+  p.row_blocks = ceil_div(p.rows, std::min(fit, wanted));
+  p.block_rows = ceil_div(p.rows, p.row_blocks);
+  p.row_blocks = ceil_div(p.rows, p.block_rows);
+  // Where rows are few, columns make the items.
+  const int64_t groups = std::clamp<int64_t>(kItems / 4 / (p.images * p.row_blocks), 1, p.panels);
+  p.group_panels = ceil_div(p.panels, groups);
+  p.groups = ceil_div(p.panels, p.group_panels);
+  return p;
+}
+
+void run(const PointwiseInference& a) {
+  const PointwiseKernels& k = kernels_for(a.dtype);
+  const PointwisePlan p = make_plan(a, k);
+  const int64_t size = element_size(accumulate_dtype(a.dtype));
+  ask_for_huge_pages(a.output, a.batch * a.pixels * a.out_channels * element_size(a.dtype));
+  const Memory packed(p.padded_channels * (a.in_channels + 1) * size);
+  void* start = static_cast<char*>(packed.get()) + p.padded_channels * a.in_channels * size;
+  const int64_t panel_cost = int64_t{a.in_channels} * p.panel * 8;
+  torch::stable::parallel_for(
+      0, p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
+      [&](int64_t begin, int64_t end) { k.pack(a, p.panels, begin, end, packed.get(), start); });
+  const Memory sums(a.pooled == nullptr ? 1 : p.slots() * 2 * p.padded_channels * size);
+  const int64_t item_cost = p.block_rows * p.group_panels * p.panel * a.in_channels;
+  torch::stable::parallel_for(
+      0, p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
+        const Memory scratch(p.widened ? p.block_rows * a.in_channels * size : 1);
+        k.multiply(a, p, packed.get(), start, begin, end, scratch.get(),
+                   a.pooled == nullptr ? nullptr : sums.get());
+      });
+  if (a.pooled != nullptr) k.merge(a, p, sums.get());
+}
+
+// The functional op (effnet_kernels/ops/pointwise_conv_bn_act.py has its schema).
+std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, Tensor var,
+                                     OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
+                                     int64_t activation, OptionalTensor prologue_scale,
+                                     OptionalTensor prologue_shift, int64_t prologue_activation,
+                                     OptionalTensor gate, OptionalTensor residual, bool pool,
+                                     bool allow_tf32) {
+  STD_TORCH_CHECK(image.dim() == 4 && weight.dim() >= 1,
+                  "pointwise_conv_bn_act: input must be (N, C, H, W) and weight (K, C)");
+  const Tensor input = channels_last(image);
+  const int64_t n = input.size(0), k = weight.size(0);
+  Tensor output = empty_image(input, n, k, input.size(2), input.size(3));
+  Tensor pooled = pool ? empty_sums(input, {n, k}) : empty_sums(input, {0});
+  if (output.numel() == 0) {
+    torch::stable::zero_(pooled);
+  } else {
+    run(check_pointwise_inference(input, weight, mean, var, bn_weight, bn_bias, eps, activation,
+                                  prologue_scale, prologue_shift, prologue_activation, gate,
+                                  residual, allow_tf32, output, given_if(pool, pooled)));
+  }
+  return {output, pooled};
+}
+
+}  // namespace
+}  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
+  m.impl("pointwise_conv_bn_act", TORCH_BOX(&effnet::inference));
+}

@@ -1,0 +1,108 @@
+// The kernels of the pointwise op, compiled once for each instruction set: gemm.h on the tensors of
+// a call.
+//
+//   input (M, C) [--widen_rows: prologue, gate--> block of rows] --multiply_rows--> output (M, K)
+#pragma once
+
+#include "gemm.h"
+#include "pointwise_conv_bn_act.h"
+
+namespace effnet {
+namespace EFFNET_ISA {
+namespace {
+
+template <class T>
+void pack(const PointwiseInference& a, int64_t panels, int64_t begin, int64_t end, void* packed,
+          void* start) {
+  using F = typename Simd<T>::Scalar;
+  pack_panels(static_cast<F*>(packed), static_cast<F*>(start), static_cast<const T*>(a.weight),
+              a.bn, a.out_channels, a.in_channels, panels, begin, end);
+}
+
+template <class T>
+void multiply(const PointwiseInference& a, const PointwisePlan& p, const void* packed,
+              const void* start, int64_t begin, int64_t end, void* scratch, void* sums) {
+  using F = typename Simd<T>::Scalar;
+  const int c = a.in_channels;
+  const int64_t k = a.out_channels;
+  int64_t widened = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t slot = item / p.groups, group = item % p.groups, image = slot / p.row_blocks;
+    const int64_t row = slot % p.row_blocks * p.block_rows;
+    const int count = lesser(p.rows - row, p.block_rows);
+    const T* input = static_cast<const T*>(a.input) + (image * p.rows + row) * c;
+    const F* rows = static_cast<const F*>(scratch);
+    if (!p.widened) {
+      rows = reinterpret_cast<const F*>(input);
+    } else if (slot != widened) {
+      const F* gate = static_cast<const F*>(a.gate);
+      widen_rows(static_cast<F*>(scratch), c, input, count, c,
+                 static_cast<const F*>(a.prologue.scale), static_cast<const F*>(a.prologue.shift),
+                 a.prologue.activation, gate == nullptr ? nullptr : gate + image * c);
+      widened = slot;
+    }
+    const int64_t offset = (image * p.rows + row) * k;
+    GemmOutput<T> out{};
+    out.to = static_cast<T*>(a.output) + offset;
+    out.stride = k;
+    out.residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + offset;
+    out.activation = a.activation;
+    const int64_t first = group * p.group_panels, last = lesser(first + p.group_panels, p.panels);
+    if (sums != nullptr) {
+      out.sums = static_cast<F*>(sums) + slot * 2 * p.padded_channels;
+      out.lost = out.sums + p.padded_channels;
+      const int64_t channel = first * p.panel;
+      const int64_t channels = (last == p.panels ? p.padded_channels : last * p.panel) - channel;
+      clear(out.sums + channel, channels);
+      clear(out.lost + channel, channels);
+    }
+    multiply_rows<T>(rows, c, count, static_cast<const F*>(packed), static_cast<const F*>(start), c,
+                     a.out_channels, p.panels, first, last, out);
+  }
+}
+
+template <class T>
+void merge(const PointwiseInference& a, const PointwisePlan& p, const void* sums) {
+  using F = typename Simd<T>::Scalar;
+  const int64_t padded = p.padded_channels;
+  for (int64_t image = 0; image < p.images; ++image) {
+    for (int64_t k = 0; k < a.out_channels; ++k) {
+      double total = 0;
+      for (int64_t block = 0; block < p.row_blocks; ++block) {
+        const F* slot = static_cast<const F*>(sums) + (image * p.row_blocks + block) * 2 * padded;
+        total += static_cast<double>(slot[k]) + static_cast<double>(slot[padded + k]);
+      }
+      static_cast<F*>(a.pooled)[image * a.out_channels + k] = static_cast<F>(total);
+    }
+  }
+}
+
+template <class T>
+const PointwiseKernels* kernels_of() {
+  static constexpr PointwiseKernels kernels = {Simd<T>::lanes, pack<T>, multiply<T>, merge<T>};
+  return &kernels;
+}
+
+}  // namespace
+
+const PointwiseKernels* pointwise_kernels(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bfloat16:
+      return kernels_of<bfloat16>();
+#if !defined(EFFNET_TARGET_AVX512BF16)
+    case Dtype::float32:
+      return kernels_of<float>();
+    case Dtype::float16:
+      return kernels_of<half>();
+#endif
+#if defined(EFFNET_TARGET_BASELINE)
+    case Dtype::float64:
+      return kernels_of<double>();
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace EFFNET_ISA
+}  // namespace effnet

@@ -1,0 +1,168 @@
+"""Adapters for torchvision's blocks (torchvision 0.28). Importing this module imports torchvision.
+
+As in ``layers.timm``, a stock block becomes a fused one by having its class changed. ``MBConv``
+keeps its stages in a ``Sequential``: (expand,) depthwise, squeeze-and-excitation, project.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.efficientnet import MBConv
+from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
+from torchvision.ops.stochastic_depth import StochasticDepth
+
+from effnet_kernels.layers.adapter import Adapter
+from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
+from effnet_kernels.layers.eligibility import (
+    call_refusal,
+    conv_padding,
+    depthwise_conv_refusal,
+    module_refusal,
+    pointwise_conv_refusal,
+)
+from effnet_kernels.layers.mbconv import Excite, Stage, run_mbconv
+from effnet_kernels.ops import squeeze_excite
+from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
+
+_OP = "mbconv"
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+}
+
+
+class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
+    """``MBConv`` as one op in inference; depthwise stage and gate on ops where gradients are wanted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The block of input, (N, C, H, W)."""
+        if call_refusal(_OP, input) is not None or refusal(self) is not None:
+            output: Tensor = super().forward(input)
+            return output
+        expand, depthwise, se, project = _children(self)
+        depthwise_stage = _stage(depthwise)
+        excite = Excite(
+            se.fc1, se.fc2, _ACTIVATIONS[type(se.activation)], _ACTIVATIONS[type(se.scale_activation)]
+        )
+        padding = conv_padding(depthwise_stage.conv)
+        if not torch.is_grad_enabled() and inference_refusal(self) is None:
+            return run_mbconv(
+                input,
+                None if expand is None else _stage(expand),
+                depthwise_stage,
+                excite,
+                _stage(project),
+                padding,
+                residual=self.use_res_connect,
+            )
+        x = input if expand is None else expand(input)
+        x, pooled = run_depthwise_conv_bn_act(x, *depthwise_stage, padding, pool=True)
+        x = squeeze_excite(
+            x, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *excite[2:], pooled=pooled
+        )
+        x = project(x)
+        if self.use_res_connect:
+            x = self.stochastic_depth(x) + input
+        return x
+
+
+def _children(block: MBConv) -> tuple[Any, Any, Any, Any]:
+    """(expand or None, depthwise, squeeze-and-excitation, project)"""
+    children = list(block.block)
+    return (None, *children) if len(children) == 3 else tuple(children)  # type: ignore[return-value]
+
+
+def _stage(stage: Conv2dNormActivation) -> Stage:
+    return Stage(stage[0], stage[1], _ACTIVATIONS[type(stage[2])] if len(stage) > 2 else "identity")
+
+
+def refusal(block: MBConv) -> str | None:
+    """Why the ops for the depthwise stage and the gate cannot stand in for those of ``block``."""
+    if type(block.block) is not nn.Sequential or len(block.block) not in (3, 4):
+        return "block is not a Sequential of 3 or 4 stages"
+    first = len(block.block) - 3
+    _, depthwise, se, _ = _children(block)
+    return (
+        module_refusal_named("block", block.block)
+        or _stage_refusal(f"block.{first}", depthwise)
+        or depthwise_conv_refusal(f"block.{first}.0", depthwise[0])
+        or _squeeze_excite_refusal(f"block.{first + 1}", se)
+    )
+
+
+def inference_refusal(block: MBConv) -> str | None:
+    """Why ``block``, with nothing in ``refusal``, is not one op in inference."""
+    first = len(block.block) - 3
+    expand, depthwise, _, project = _children(block)
+    stages = [(f"block.{first + 2}", project)]
+    if expand is not None:
+        stages.append(("block.0", expand))
+    for name, stage in stages:
+        reason = _stage_refusal(name, stage) or pointwise_conv_refusal(f"{name}.0", stage[0])
+        if reason is not None:
+            return reason
+        if stage[0].bias is not None:
+            return f"{name}.0 has a bias"
+    for name, stage in [*stages, (f"block.{first}", depthwise)]:
+        norm = stage[1]
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return f"{name}.1 normalises by the statistics of the batch"
+    drop = block.stochastic_depth
+    if type(drop) is not StochasticDepth or drop.training:
+        return "stochastic_depth is active"
+    return module_refusal_named("stochastic_depth", drop)
+
+
+def module_refusal_named(name: str, module: nn.Module) -> str | None:
+    """``module_refusal`` with the module's name."""
+    reason = module_refusal(module)
+    return None if reason is None else f"{name} {reason}"
+
+
+def _stage_refusal(name: str, stage: nn.Module) -> str | None:
+    """Why ``stage`` is not a convolution, BN and a known activation and nothing else."""
+    if type(stage) is not Conv2dNormActivation or len(stage) not in (2, 3):
+        return f"{name} is a {type(stage).__name__}, not a convolution, norm and activation"
+    conv, norm = stage[0], stage[1]
+    if type(conv) is not nn.Conv2d:
+        return f"{name}.0 is a {type(conv).__name__}, not a Conv2d"
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{name}.1 is a {type(norm).__name__}, not a BatchNorm2d"
+    if norm.num_features != conv.out_channels:
+        return f"{name}.1 has {norm.num_features} channels, {name}.0 {conv.out_channels}"
+    if len(stage) == 3 and type(stage[2]) not in _ACTIVATIONS:
+        return f"{name}.2 is a {type(stage[2]).__name__}, which no kernel knows"
+    for part, module in ((name, stage), *((f"{name}.{i}", m) for i, m in enumerate(stage))):
+        reason = module_refusal_named(part, module)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _squeeze_excite_refusal(name: str, se: nn.Module) -> str | None:
+    if type(se) is not SqueezeExcitation:
+        return f"{name} is a {type(se).__name__}, not a SqueezeExcitation"
+    for part in ("fc1", "fc2"):
+        reason = pointwise_conv_refusal(f"{name}.{part}", getattr(se, part))
+        if reason is not None:
+            return reason
+    for part, known in (("activation", HIDDEN_ACTIVATIONS), ("scale_activation", GATES)):
+        activation = getattr(se, part)
+        if _ACTIVATIONS.get(type(activation), "") not in known:
+            return f"{name}.{part} is a {type(activation).__name__}, which no kernel knows"
+        reason = module_refusal_named(f"{name}.{part}", activation)
+        if reason is not None:
+            return reason
+    return module_refusal_named(f"{name}.avgpool", se.avgpool) or module_refusal_named(name, se)
+
+
+ADAPTERS: tuple[Adapter, ...] = (Adapter(MBConv, FusedTorchvisionMBConv, refusal),)

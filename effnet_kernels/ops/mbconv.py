@@ -1,0 +1,471 @@
+r"""The MBConv block (inverted residual with squeeze-and-excitation) in inference, as one op.
+
+    e = act(bn(expand_weight @ input))            1x1, C_in to C channels, C about 6 times as wide
+    d = act(bn(depthwise_conv(e)))                k x k, stride 1 or 2; its sums over pixels are kept
+    gate = g(excite_weight @ a(reduce_weight @ mean(d)))
+    output = bn(project_weight @ (d * gate)) + input
+
+Without an expansion (``DepthwiseSeparableConv``) e is the input.
+
+Memory traffic, in activation tensors read + written (x: the input, e: the expanded tensor, d: the
+depthwise result, y: the output; all of the block's, with stride 1 d = e and y about x)
+
+=====================  =====================  ====================  ======================
+step                   eager                  convs fused with BN,  this op
+                                              the rest separate
+=====================  =====================  ====================  ======================
+expand                 x + e                  x + e                 \
+  BN, activation       4e                     2e                    \
+depthwise              e + d                  e + d                 x + d
+  BN, activation       4d                     2d                    \
+squeeze-and-excite     d + 2d                 d + 2d                \
+project                d + y                  d + y                 d + y
+  BN, residual         2y + 3y                3y                    x
+**all, in inference**  **x + 6e + 9d + 6y**   **x + 4e + 7d + 4y**  **2x + 2d + y**
+=====================  =====================  ====================  ======================
+
+On a GPU that is three launches: expand + depthwise + sums, the gate, project + residual. Where the
+expansion recomputed in the halo of every tile costs more than it saves (``fuses_expand``), it is a
+launch of its own and 2e come back. On the CPU not even d leaves the cache: an image goes through
+the block as a whole, x + y.
+
+Source: "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946), after "MobileNetV2"
+(arXiv:1801.04381) and "Squeeze-and-Excitation Networks" (arXiv:1709.01507).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import backends
+from effnet_kernels.activations import Activation, activation_code
+from effnet_kernels.ops import checks, library
+from effnet_kernels.ops.depthwise_conv_bn_act import check_padding, check_stride, output_hw
+from effnet_kernels.ops.depthwise_conv_bn_act import check_weight as check_depthwise_weight
+from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
+from effnet_kernels.ops.mbconv_cost import fuses_expand
+from effnet_kernels.ops.pointwise_conv_bn_act import allows_tf32
+from effnet_kernels.ops.pointwise_conv_bn_act import reference as pointwise_reference
+from effnet_kernels.ops.squeeze_excite import check_weights as check_squeeze_excite_weights
+from effnet_kernels.ops.squeeze_excite import codes as squeeze_excite_codes
+from effnet_kernels.ops.squeeze_excite import kernel_weights
+from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
+
+OP = "mbconv"
+_CODES = {activation.name: int(activation) for activation in Activation}
+
+
+class ConvBn(NamedTuple):
+    """A convolution without bias, the BN after it, and an activation.
+
+    Attributes:
+        weight: (K, C, 1, 1) or (K, C) of expand and project, (C, 1, k, k) of the depthwise
+            convolution; the input's dtype.
+        running_mean: (K,).
+        running_var: (K,), biased.
+        bn_weight: (K,) or None for ones.
+        bn_bias: (K,) or None for zeros.
+        eps: added to the variance.
+        activation: an activation's name.
+    """
+
+    weight: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    eps: float = 1e-5
+    activation: str = "identity"
+
+
+class SqueezeExcite(NamedTuple):
+    """Squeeze-and-excitation between the depthwise convolution and project.
+
+    Attributes:
+        reduce_weight: (S, C) or (S, C, 1, 1), floating point.
+        reduce_bias: (S,) or None.
+        expand_weight: (C, S) or (C, S, 1, 1).
+        expand_bias: (C,) or None.
+        activation: of the hidden values: relu, silu or hardswish.
+        gate: sigmoid or hardsigmoid.
+    """
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    expand_weight: Tensor
+    expand_bias: Tensor | None
+    activation: str = "silu"
+    gate: str = "sigmoid"
+
+
+def mbconv(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int = 1,
+    padding: int | str | Sequence[int] = 0,
+    *,
+    residual: bool = False,
+) -> Tensor:
+    """The block of ``input``, in inference only: a gradient through it is an error.
+
+    Under autocast, ``input`` and the convolutions' weights are cast as ``conv2d`` casts them, and
+    the residual is the input as it was, so that the sum has its dtype.
+
+    Args:
+        input: (N, C_in, H, W), float32, float16, bfloat16 or float64; channels-last is taken as it
+            is, other layouts are converted once.
+        expand: C_in to C channels, or None.
+        depthwise: k x k with k in {3, 5, 7}, of C channels.
+        squeeze_excite: of C channels, or None.
+        project: C to K channels.
+        stride: of the depthwise convolution, 1 or 2.
+        padding: of the depthwise convolution, as in ``depthwise_conv_bn_act``.
+        residual: add the input, which then has the output's shape.
+
+    Returns:
+        (N, K, OH, OW), channels-last, the input's dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument's rank, shape, device or value is wrong. Both name the argument, and
+            come before any kernel runs.
+        RuntimeError: the backend that ``use_backend`` demands cannot take the call; or, in
+            backward, a gradient was asked for.
+    """
+    if backends.takes_as_given(input):
+        result = _as_given(
+            input, expand, depthwise, squeeze_excite, project, stride, padding, residual
+        )
+        if result is not None:
+            return result
+
+    checks.check_image("input", input)
+    low = checks.autocast_dtype(input)
+    if low is not None:
+        if residual and input.dtype != low:
+            block = mbconv(
+                input.to(low), expand, depthwise, squeeze_excite, project, stride, padding
+            )
+            if block.shape != input.shape:
+                raise _no_residual(input, tuple(block.shape))
+            return block + input
+        input = input.to(low)
+        expand, depthwise, project = (
+            conv._replace(weight=conv.weight.to(low))
+            if isinstance(conv, ConvBn) and isinstance(conv.weight, Tensor)
+            else conv
+            for conv in (expand, depthwise, project)
+        )
+    channels = input.shape[1]
+    if expand is not None:
+        _check_pointwise("expand", expand, input, channels)
+        channels = expand.weight.shape[0]
+    _check_conv_bn("depthwise", depthwise)
+    check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels)
+    _check_bn("depthwise", depthwise, channels, input.device)
+    stride = check_stride(stride)
+    pads = check_padding(padding, input, depthwise.weight.shape[2], stride)
+    if squeeze_excite is not None:
+        if not isinstance(squeeze_excite, SqueezeExcite):
+            raise TypeError(
+                f"squeeze_excite: got {type(squeeze_excite).__name__}, expected a SqueezeExcite "
+                "or None"
+            )
+        check_squeeze_excite_weights(*squeeze_excite[:4], channels, input.device)
+        squeeze_excite_codes(*squeeze_excite[4:])
+    _check_pointwise("project", project, input, channels)
+    features = project.weight.shape[0]
+    n, _, height, width = input.shape
+    out_h, out_w = output_hw(input, depthwise.weight, stride, pads)
+    if residual and (features, out_h, out_w) != (input.shape[1], height, width):
+        raise _no_residual(input, (n, features, out_h, out_w))
+
+    backend = backends.select(OP, input)
+    if backend == backends.EAGER:
+        return reference(
+            input, expand, depthwise, squeeze_excite, project, stride, pads, residual=residual
+        )
+    result = _OPS[backend](
+        input.contiguous(memory_format=torch.channels_last),
+        *_kernel_conv_bn(expand, input),
+        *_kernel_conv_bn(depthwise, input),
+        stride,
+        pads,
+        *_kernel_squeeze_excite(squeeze_excite, input),
+        *_kernel_conv_bn(project, input),
+        residual,
+        allows_tf32(input),
+    )
+    return result  # type: ignore[no-any-return]
+
+
+def _no_residual(input: Tensor, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"residual: got True, expected False where the output has shape {shape} and the input "
+        f"{tuple(input.shape)}"
+    )
+
+
+_NO_CONV = (None, None, None, None, None, 0.0, 0)
+_NO_SQUEEZE_EXCITE = (None, None, None, None, 0, _CODES["sigmoid"])
+
+
+def _as_given(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int,
+    padding: int | str | Sequence[int],
+    residual: bool,
+) -> Tensor | None:
+    """A call on CPU tensors that needs no conversion, or None where it needs one: as the depthwise
+    op has it, the compiled op's own checks come first and those in Python find the words.
+    """
+    try:
+        pads = (
+            (padding,) * 4
+            if padding.__class__ is int
+            else check_padding(padding, input, depthwise.weight.shape[2], stride)
+        )
+        result = _OPS[backends.CPU.name](
+            input,
+            *(_NO_CONV if expand is None else (*expand[:6], _CODES[expand.activation])),
+            *depthwise[:6],
+            _CODES[depthwise.activation],
+            stride,
+            pads,
+            *(
+                _NO_SQUEEZE_EXCITE
+                if squeeze_excite is None
+                else (
+                    *squeeze_excite[:4],
+                    _CODES[squeeze_excite.activation],
+                    _CODES[squeeze_excite.gate],
+                )
+            ),
+            *project[:6],
+            _CODES[project.activation],
+            residual,
+            False,
+        )
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return None
+    return result  # type: ignore[no-any-return]
+
+
+def reference(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int,
+    pads: Sequence[int],
+    *,
+    residual: bool,
+) -> Tensor:
+    """``mbconv`` in PyTorch's own ops: the eager backend, and the tests' yardstick.
+
+    Arguments as there, checked; ``pads`` is (top, left, bottom, right).
+    """
+
+    def pointwise(x: Tensor, conv: ConvBn) -> Tensor:
+        return pointwise_reference(
+            x, *conv, prologue=None, gate=None, residual=None, pool=False
+        ).output
+
+    x = input if expand is None else pointwise(input, expand)
+    weight, mean, var, bn_weight, bn_bias, eps, activation = depthwise
+    x = depthwise_reference(
+        x, weight, mean, var, bn_weight, bn_bias, stride, pads, False, eps, activation,
+        pool=False, prologue=None,
+    ).output  # fmt: skip
+    if squeeze_excite is not None:
+        x = squeeze_excite_reference(x, *squeeze_excite, pooled=None)
+    x = pointwise(x, project)
+    return x + input if residual else x
+
+
+def _check_conv_bn(argument: str, conv: ConvBn) -> None:
+    if not isinstance(conv, ConvBn):
+        raise TypeError(f"{argument}: got {type(conv).__name__}, expected a ConvBn")
+
+
+def _check_pointwise(argument: str, conv: ConvBn, input: Tensor, channels: int) -> None:
+    _check_conv_bn(argument, conv)
+    checks.check_pointwise_weight(f"{argument}.weight", conv.weight, input, channels)
+    _check_bn(argument, conv, conv.weight.shape[0], input.device)
+
+
+def _check_bn(argument: str, conv: ConvBn, channels: int, device: torch.device) -> None:
+    for name in ("running_mean", "running_var", "bn_weight", "bn_bias"):
+        vector = getattr(conv, name)
+        if vector is None and name.startswith("running"):
+            raise TypeError(f"{argument}.{name}: got None, expected a Tensor")
+        checks.check_channel_vector(
+            f"{argument}.{name}", vector, channels, device, f"the rows of {argument}.weight"
+        )
+    checks.check_eps(f"{argument}.eps", conv.eps)
+    activation_code(f"{argument}.activation", conv.activation)
+
+
+def _kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> tuple[Any, ...]:
+    if conv is None:
+        return _NO_CONV
+    return (
+        conv.weight.contiguous(),
+        *(checks.kernel_vector(vector, input) for vector in conv[1:5]),
+        conv.eps,
+        _CODES[conv.activation],
+    )
+
+
+def _kernel_squeeze_excite(squeeze_excite: SqueezeExcite | None, input: Tensor) -> tuple[Any, ...]:
+    if squeeze_excite is None:
+        return _NO_SQUEEZE_EXCITE
+    return (
+        *kernel_weights(squeeze_excite[:4], input.dtype),
+        _CODES[squeeze_excite.activation],
+        _CODES[squeeze_excite.gate],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The registered functional op (see depthwise_conv_bn_act.py).
+# --------------------------------------------------------------------------------------------------
+
+
+def _empty_output(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    project_weight: Tensor,
+    stride: int,
+    padding: Sequence[int],
+) -> Tensor:
+    height, width = output_hw(input, depthwise_weight, stride, padding)
+    return _empty_image(input, project_weight.shape[0], height, width)
+
+
+def _empty_image(input: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (input.shape[0], channels, height, width),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _inference(
+    backend: str, input: Tensor,
+    expand_weight: Tensor | None, expand_mean: Tensor | None, expand_var: Tensor | None,
+    expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None, expand_eps: float,
+    expand_activation: int,
+    depthwise_weight: Tensor, depthwise_mean: Tensor, depthwise_var: Tensor,
+    depthwise_bn_weight: Tensor | None, depthwise_bn_bias: Tensor | None, depthwise_eps: float,
+    depthwise_activation: int, stride: int, padding: Sequence[int],
+    reduce_weight: Tensor | None, reduce_bias: Tensor | None,
+    excite_weight: Tensor | None, excite_bias: Tensor | None,
+    se_activation: int, gate_activation: int,
+    project_weight: Tensor, project_mean: Tensor, project_var: Tensor,
+    project_bn_weight: Tensor | None, project_bn_bias: Tensor | None, project_eps: float,
+    project_activation: int, residual: bool, allow_tf32: bool,
+) -> Tensor:  # fmt: skip
+    """The launches of a GPU: two or three for d and its sums, one for the gate, one for project."""
+    input = input.contiguous(memory_format=torch.channels_last)
+    output = _empty_output(input, depthwise_weight, project_weight, stride, padding)
+    if output.numel() == 0:
+        return output
+    n, _, height, width = input.shape
+    channels = depthwise_weight.shape[0]
+    out_h, out_w = output.shape[2:]
+    depthwise = _empty_image(input, channels, out_h, out_w)
+    values = torch.empty(
+        (2, n, channels) if reduce_weight is not None else (0,),
+        dtype=checks.accumulator(input),
+        device=input.device,
+    )
+    pooled, gate = values if reduce_weight is not None else (None, None)
+    expansion = (
+        expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps,
+        expand_activation,
+    )  # fmt: skip
+    depthwise_bn = (
+        depthwise_weight, depthwise_mean, depthwise_var, depthwise_bn_weight, depthwise_bn_bias,
+        depthwise_eps,
+    )  # fmt: skip
+    geometry = (stride, padding[0], padding[1], depthwise_activation)
+    if expand_weight is not None and fuses_expand(
+        input, channels, depthwise_weight.shape[2], stride, (out_h, out_w)
+    ):
+        backends.kernel(backend, "expand_depthwise_out")(
+            input, *expansion, *depthwise_bn, *geometry, allow_tf32, depthwise, pooled
+        )
+    else:
+        expanded = input
+        if expand_weight is not None:
+            expanded = _empty_image(input, channels, height, width)
+            backends.kernel(backend, "pointwise_conv_bn_act_out")(
+                input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None
+            )
+        backends.kernel(backend, "depthwise_conv_bn_act_out")(
+            expanded, *depthwise_bn, *geometry, None, None, 0, depthwise, pooled
+        )
+    if reduce_weight is not None:
+        hidden = torch.empty(
+            (n, reduce_weight.shape[0]), dtype=values.dtype, device=input.device
+        )
+        backends.kernel(backend, "squeeze_excite_gate_out")(
+            pooled, out_h * out_w, reduce_weight.flatten(1), reduce_bias, excite_weight.flatten(1),
+            excite_bias, se_activation, gate_activation, hidden, gate,
+        )  # fmt: skip
+    backends.kernel(backend, "pointwise_conv_bn_act_out")(
+        depthwise, project_weight, project_mean, project_var, project_bn_weight, project_bn_bias,
+        project_eps, project_activation, None, None, 0, gate, input if residual else None,
+        allow_tf32, output, None,
+    )  # fmt: skip
+    return output
+
+
+def _inference_fake(
+    input: Tensor,
+    expand_weight: Tensor | None, expand_mean: Tensor | None, expand_var: Tensor | None,
+    expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None, expand_eps: float,
+    expand_activation: int,
+    depthwise_weight: Tensor, depthwise_mean: Tensor, depthwise_var: Tensor,
+    depthwise_bn_weight: Tensor | None, depthwise_bn_bias: Tensor | None, depthwise_eps: float,
+    depthwise_activation: int, stride: int, padding: Sequence[int],
+    reduce_weight: Tensor | None, reduce_bias: Tensor | None,
+    excite_weight: Tensor | None, excite_bias: Tensor | None,
+    se_activation: int, gate_activation: int,
+    project_weight: Tensor, project_mean: Tensor, project_var: Tensor,
+    project_bn_weight: Tensor | None, project_bn_bias: Tensor | None, project_eps: float,
+    project_activation: int, residual: bool, allow_tf32: bool,
+) -> Tensor:  # fmt: skip
+    return _empty_output(input, depthwise_weight, project_weight, stride, padding)
+
+
+_OPS: dict[str, Any] = library.register(
+    OP,
+    "(Tensor input, Tensor? expand_weight, Tensor? expand_mean, Tensor? expand_var, "
+    "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
+    "Tensor depthwise_weight, Tensor depthwise_mean, Tensor depthwise_var, "
+    "Tensor? depthwise_bn_weight, Tensor? depthwise_bn_bias, float depthwise_eps, "
+    "int depthwise_activation, int stride, SymInt[4] padding, "
+    "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
+    "int se_activation, int gate_activation, "
+    "Tensor project_weight, Tensor project_mean, Tensor project_var, "
+    "Tensor? project_bn_weight, Tensor? project_bn_bias, float project_eps, "
+    "int project_activation, bool residual, bool allow_tf32) -> Tensor",
+    implementation=_inference,
+    fake=_inference_fake,
+)
+library.not_differentiable(OP, f"{OP} has no derivative: it is for inference")

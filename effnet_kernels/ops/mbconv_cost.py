@@ -1,0 +1,114 @@
+"""Whether a GPU computes MBConv's expansion in the launch of its depthwise convolution.
+
+Fused, the expanded tensor is never written, but every tile of the depthwise output needs a halo of
+expanded pixels that its neighbours compute too. The model compares the two by what each launch
+moves and computes:
+
+    time(launch) = launch overhead + max(bytes / bandwidth, FLOPs / rate)
+
+with an H200's figures: they are ratios that hold for the other GPUs with tensor cores within what
+the decision can tell apart. It is a prediction, not a measurement; ``fuse_expand`` overrules it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BANDWIDTH = 4.3e12
+"""Bytes a second of a copy, read + written."""
+MATMUL_RATE = {2: 600e12, 4: 60e12}
+"""FLOPs a second of a product by bytes an element: 16-bit, and float32 as three TF32 products."""
+VECTOR_RATE = 40e12
+"""FLOPs a second of multiply-adds outside the tensor cores."""
+ACTIVATION_RATE = 3e12
+"""Activations a second: one special function each."""
+LAUNCH = 3e-6
+"""Seconds that one launch more costs."""
+
+_WHOLE_IMAGE = 14
+_TILE = 8
+
+_forced: bool | None = None
+
+
+@contextlib.contextmanager
+def fuse_expand(fused: bool | None) -> Iterator[None]:
+    """Overrules the model in a ``with`` block (process-wide); None lets it decide again."""
+    global _forced
+    before, _forced = _forced, fused
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def halo(size: tuple[int, int], kernel: int, stride: int) -> float:
+    """Expanded pixels computed for each one there is, for outputs of ``size``: images of up to
+    14 x 14 are one tile, others are cut into 8 x 8.
+    """
+    factor = 1.0
+    for extent in size:
+        tile = extent if extent <= _WHOLE_IMAGE else _TILE
+        if tile < extent:
+            factor *= ((tile - 1) * stride + kernel) / (tile * stride)
+    return factor
+
+
+def expand_seconds(
+    shape: tuple[int, int, int, int],
+    channels: int,
+    kernel: int,
+    stride: int,
+    out_size: tuple[int, int],
+    itemsize: int,
+) -> tuple[float, float]:
+    """Predicted seconds of expand and depthwise convolution, fused and as two launches.
+
+    Args:
+        shape: the input's (N, C_in, H, W).
+        channels: the expanded C.
+        kernel: of the depthwise convolution.
+        stride: likewise.
+        out_size: (OH, OW).
+        itemsize: bytes of an element.
+    """
+    n, in_channels, height, width = shape
+    x = n * in_channels * height * width
+    e = n * channels * height * width
+    d = n * channels * out_size[0] * out_size[1]
+    taps = 2 * kernel * kernel * d
+
+    def launch(elements: float, product: float, vector: float, activations: float) -> float:
+        compute = (
+            product / MATMUL_RATE[itemsize]
+            + vector / VECTOR_RATE
+            + activations / ACTIVATION_RATE
+        )
+        return LAUNCH + max(elements * itemsize / BANDWIDTH, compute)
+
+    expanded = e * halo(out_size, kernel, stride)
+    fused = launch(x + d, 2 * in_channels * expanded, taps, expanded + d)
+    separate = launch(x + e, 2 * in_channels * e, 0, e) + launch(e + d, 0, taps, d)
+    return fused, separate
+
+
+def fuses_expand(
+    input: Tensor, channels: int, kernel: int, stride: int, out_size: tuple[int, int]
+) -> bool:
+    """Whether the fused launch is predicted to be the faster one for ``input``."""
+    if _forced is not None:
+        return _forced
+    shape = torch.Size(input.shape)
+    fused, separate = expand_seconds(
+        (shape[0], shape[1], shape[2], shape[3]),
+        channels,
+        kernel,
+        stride,
+        out_size,
+        input.element_size(),
+    )
+    return fused < separate
