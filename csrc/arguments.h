@@ -136,53 +136,53 @@ struct ChannelStatistics {
 };
 
 // What is common to BN + activation and its derivatives: at every pixel of image n
-//   u = input * scale[c] + shift[c],  v = activation(u).
-struct AffineAct {
+//   xhat = (input - mean) / sqrt(var + eps),  u = xhat * weight + bias,  v = activation(u).
+struct BatchNormAct {
   Dtype dtype;
   int64_t batch, pixels;
   int channels;
   const void* input;
-  const void* scale;  // (C,)
-  const void* shift;  // (C,)
+  BatchNorm bn;
   Activation activation;
-  const void* gate;  // (N, C), or null for ones
+  const void* gate;  // (N, C), accumulate dtype like all that has no comment, or null for ones
 };
 
 // output = v * gate[n, c] + residual; pooled[n, c] = sum over pixels of v. One of them may be null.
-struct AffineActForward : AffineAct {
-  const void* residual;  // or null
-  void* output;
-  void* pooled;  // (N, C)
+struct BatchNormActForward : BatchNormAct {
+  const void* residual;  // an image, or null
+  void* output;          // an image
+  void* pooled;          // (N, C)
 };
 
 // du, the gradient with respect to u, is
 //   (grad_output * gate[n, c] + grad_pooled[n, c]) * activation'(u).
-struct AffineActGradient : AffineAct {
-  const void* grad_output;
+struct BatchNormActGradient : BatchNormAct {
+  const void* grad_output;  // an image
   const void* grad_pooled;  // (N, C), or null
-  const void* center;       // (C,)
 };
 
-// grad_shift = sum of du, grad_scale = sum of du * (input - center).
-struct AffineActSums : AffineActGradient {
-  void* grad_scale;  // (C,)
-  void* grad_shift;  // (C,)
+// grad_bn_weight = sum of du * xhat, grad_bn_bias = sum of du.
+struct BatchNormActSums : BatchNormActGradient {
+  void* grad_bn_weight;  // (C,)
+  void* grad_bn_bias;    // (C,)
 };
 
-// grad_input = du * scale + constant + slope * (input - center); it may be grad_output.
-struct AffineActBackward : AffineActGradient {
-  const void* constant;  // (C,)
-  const void* slope;     // (C,)
-  void* grad_input;
+// grad_input = weight / sqrt(var + eps) * (du - (grad_bn_bias + xhat * grad_bn_weight) / (N H W)),
+// the second part only by batch statistics. `linear`: grad_output is the first part already.
+struct BatchNormActBackward : BatchNormActGradient {
+  const void* grad_bn_weight;  // (C,), or null with grad_bn_bias: frozen statistics
+  const void* grad_bn_bias;    // (C,)
+  bool linear;
+  void* grad_input;  // an image; it may be grad_output
 };
 
 // The gate's part: grad_gate[n, c] = sum over pixels of grad_output * v, and on the way what others
 // need: gated = v * gate and grad_gated = grad_output * gate, which may be grad_output.
-struct AffineActGate : AffineAct {
-  const void* grad_output;
-  void* grad_gate;  // (N, C)
-  void* gated;
-  void* grad_gated;
+struct BatchNormActGate : BatchNormAct {
+  const void* grad_output;  // an image
+  void* grad_gate;          // (N, C)
+  void* gated;              // an image
+  void* grad_gated;         // an image
 };
 
 // sums[n, c] = sum over pixels of input, or of input * other where that is given. (N, C) tensors

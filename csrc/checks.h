@@ -447,12 +447,14 @@ inline ChannelStatistics check_channel_statistics(const Tensor& input, const Ten
   return a;
 }
 
-// Fills what is common, and gives (const void*) a further image of the input's shape.
-class __attribute__((visibility("hidden"))) AffineActChecks {
+// Fills what is common to the functions around BN + activation, and checks the rest.
+class __attribute__((visibility("hidden"))) BatchNormActChecks {
  public:
-  AffineActChecks(const char* op, AffineAct& a, const Tensor& input, const Tensor& scale,
-                  const Tensor& shift, int64_t activation, const OptionalTensor& gate)
-      : check_(op, "input", input), h_(0), w_(0) {
+  BatchNormActChecks(const char* op, BatchNormAct& a, const Tensor& input, const Tensor& mean,
+                     const Tensor& var, const OptionalTensor& bn_weight,
+                     const OptionalTensor& bn_bias, double eps, int64_t activation,
+                     const OptionalTensor& gate)
+      : check_(op, "input", input) {
     a.dtype = check_.dtype();
     check_image_extents(check_, input, a.batch, a.pixels, a.channels);
     n_ = a.batch;
@@ -460,10 +462,9 @@ class __attribute__((visibility("hidden"))) AffineActChecks {
     h_ = input.size(2);
     w_ = input.size(3);
     a.input = image("input", input);
-    a.scale = vector("scale", scale);
-    a.shift = vector("shift", shift);
+    a.bn = check_.batch_norm(mean, var, bn_weight, bn_bias, eps, c_);
     a.activation = check_.activation("activation", activation);
-    a.gate = check_.accumulated("gate", gate, {n_, c_});
+    a.gate = by_image("gate", gate);
   }
 
   void* image(const char* name, const Tensor& t) const {
@@ -472,7 +473,7 @@ class __attribute__((visibility("hidden"))) AffineActChecks {
   void* image(const char* name, const OptionalTensor& t) const {
     return t ? image(name, *t) : nullptr;
   }
-  void* vector(const char* name, const Tensor& t) const {
+  void* vector(const char* name, const OptionalTensor& t) const {
     return const_cast<void*>(check_.accumulated(name, t, {c_}));
   }
   void* by_image(const char* name, const OptionalTensor& t) const {
@@ -484,14 +485,14 @@ class __attribute__((visibility("hidden"))) AffineActChecks {
   int64_t n_, c_, h_, w_;
 };
 
-inline AffineActForward check_affine_act(const Tensor& input, const Tensor& scale,
-                                         const Tensor& shift, int64_t activation,
-                                         const OptionalTensor& gate, const OptionalTensor& residual,
-                                         const OptionalTensor& output,
-                                         const OptionalTensor& pooled) {
-  const char* op = "affine_act_out";
-  AffineActForward a{};
-  const AffineActChecks check(op, a, input, scale, shift, activation, gate);
+inline BatchNormActForward check_batch_norm_act(
+    const Tensor& input, const Tensor& mean, const Tensor& var, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, double eps, int64_t activation, const OptionalTensor& gate,
+    const OptionalTensor& residual, const OptionalTensor& output, const OptionalTensor& pooled) {
+  const char* op = "batch_norm_act_out";
+  BatchNormActForward a{};
+  const BatchNormActChecks check(op, a, input, mean, var, bn_weight, bn_bias, eps, activation,
+                                 gate);
   STD_TORCH_CHECK(output || pooled, op, ": output or pooled must be given");
   a.residual = check.image("residual", residual);
   a.output = check.image("output", output);
@@ -499,47 +500,49 @@ inline AffineActForward check_affine_act(const Tensor& input, const Tensor& scal
   return a;
 }
 
-inline AffineActSums check_affine_act_sums(const Tensor& grad_output, const Tensor& input,
-                                           const Tensor& center, const Tensor& scale,
-                                           const Tensor& shift, int64_t activation,
-                                           const OptionalTensor& gate,
-                                           const OptionalTensor& grad_pooled,
-                                           const Tensor& grad_scale, const Tensor& grad_shift) {
-  AffineActSums a{};
-  const AffineActChecks check("affine_act_sums_out", a, input, scale, shift, activation, gate);
+inline BatchNormActSums check_batch_norm_act_sums(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, int64_t activation,
+    const OptionalTensor& gate, const OptionalTensor& grad_pooled, const Tensor& grad_bn_weight,
+    const Tensor& grad_bn_bias) {
+  BatchNormActSums a{};
+  const BatchNormActChecks check("batch_norm_act_sums_out", a, input, mean, var, bn_weight, bn_bias,
+                                 eps, activation, gate);
   a.grad_output = check.image("grad_output", grad_output);
   a.grad_pooled = check.by_image("grad_pooled", grad_pooled);
-  a.center = check.vector("center", center);
-  a.grad_scale = check.vector("grad_scale", grad_scale);
-  a.grad_shift = check.vector("grad_shift", grad_shift);
+  a.grad_bn_weight = check.vector("grad_bn_weight", grad_bn_weight);
+  a.grad_bn_bias = check.vector("grad_bn_bias", grad_bn_bias);
   return a;
 }
 
-inline AffineActBackward check_affine_act_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& center, const Tensor& scale,
-                                                   const Tensor& shift, int64_t activation,
-                                                   const OptionalTensor& gate,
-                                                   const OptionalTensor& grad_pooled,
-                                                   const Tensor& constant, const Tensor& slope,
-                                                   const Tensor& grad_input) {
-  AffineActBackward a{};
-  const AffineActChecks check("affine_act_backward_out", a, input, scale, shift, activation, gate);
+inline BatchNormActBackward check_batch_norm_act_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, int64_t activation,
+    const OptionalTensor& gate, const OptionalTensor& grad_pooled,
+    const OptionalTensor& grad_bn_weight, const OptionalTensor& grad_bn_bias, bool linear,
+    const Tensor& grad_input) {
+  const char* op = "batch_norm_act_backward_out";
+  BatchNormActBackward a{};
+  const BatchNormActChecks check(op, a, input, mean, var, bn_weight, bn_bias, eps, activation,
+                                 gate);
+  STD_TORCH_CHECK(grad_bn_weight.has_value() == grad_bn_bias.has_value(), op,
+                  ": grad_bn_weight and grad_bn_bias must be given together");
   a.grad_output = check.image("grad_output", grad_output);
   a.grad_pooled = check.by_image("grad_pooled", grad_pooled);
-  a.center = check.vector("center", center);
-  a.constant = check.vector("constant", constant);
-  a.slope = check.vector("slope", slope);
+  a.grad_bn_weight = check.vector("grad_bn_weight", grad_bn_weight);
+  a.grad_bn_bias = check.vector("grad_bn_bias", grad_bn_bias);
+  a.linear = linear;
   a.grad_input = check.image("grad_input", grad_input);
   return a;
 }
 
-inline AffineActGate check_affine_act_gate(const Tensor& grad_output, const Tensor& input,
-                                           const Tensor& scale, const Tensor& shift,
-                                           int64_t activation, const Tensor& gate,
-                                           const Tensor& grad_gate, const Tensor& gated,
-                                           const Tensor& grad_gated) {
-  AffineActGate a{};
-  const AffineActChecks check("affine_act_gate_out", a, input, scale, shift, activation, gate);
+inline BatchNormActGate check_batch_norm_act_gate(
+    const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& var,
+    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, double eps, int64_t activation,
+    const Tensor& gate, const Tensor& grad_gate, const Tensor& gated, const Tensor& grad_gated) {
+  BatchNormActGate a{};
+  const BatchNormActChecks check("batch_norm_act_gate_out", a, input, mean, var, bn_weight, bn_bias,
+                                 eps, activation, gate);
   a.grad_output = check.image("grad_output", grad_output);
   a.grad_gate = check.by_image("grad_gate", grad_gate);
   a.gated = check.image("gated", gated);

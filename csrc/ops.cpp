@@ -45,20 +45,22 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
   // What each computes is in arguments.h.
   m.def("channel_statistics_out(Tensor input, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
-      "affine_act_out(Tensor input, Tensor scale, Tensor shift, int activation, Tensor? gate, "
-      "Tensor? residual, Tensor(a!)? output, Tensor(b!)? pooled) -> ()");
+      "batch_norm_act_out(Tensor input, Tensor mean, Tensor var, Tensor? bn_weight, "
+      "Tensor? bn_bias, float eps, int activation, Tensor? gate, Tensor? residual, "
+      "Tensor(a!)? output, Tensor(b!)? pooled) -> ()");
   m.def(
-      "affine_act_sums_out(Tensor grad_output, Tensor input, Tensor center, Tensor scale, "
-      "Tensor shift, int activation, Tensor? gate, Tensor? grad_pooled, Tensor(a!) grad_scale, "
-      "Tensor(b!) grad_shift) -> ()");
+      "batch_norm_act_sums_out(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, float eps, int activation, Tensor? gate, "
+      "Tensor? grad_pooled, Tensor(a!) grad_bn_weight, Tensor(b!) grad_bn_bias) -> ()");
   m.def(
-      "affine_act_backward_out(Tensor grad_output, Tensor input, Tensor center, Tensor scale, "
-      "Tensor shift, int activation, Tensor? gate, Tensor? grad_pooled, Tensor constant, "
-      "Tensor slope, Tensor(a!) grad_input) -> ()");
+      "batch_norm_act_backward_out(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, float eps, int activation, Tensor? gate, "
+      "Tensor? grad_pooled, Tensor? grad_bn_weight, Tensor? grad_bn_bias, bool linear, "
+      "Tensor(a!) grad_input) -> ()");
   m.def(
-      "affine_act_gate_out(Tensor grad_output, Tensor input, Tensor scale, Tensor shift, "
-      "int activation, Tensor gate, Tensor(a!) grad_gate, Tensor(b!) gated, "
-      "Tensor(c!) grad_gated) -> ()");
+      "batch_norm_act_gate_out(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, float eps, int activation, Tensor gate, "
+      "Tensor(a!) grad_gate, Tensor(b!) gated, Tensor(c!) grad_gated) -> ()");
   // sums[n, c] = sum over pixels of input, or of input * other.
   m.def("channel_sums_out(Tensor input, Tensor? other, Tensor(a!) sums) -> ()");
   // output = input * scale[n, c] (+ shift[n, c]).

@@ -16,8 +16,8 @@ error, never a quiet detour. ``EFFNET_KERNELS_DISABLE=1`` sends everything to ``
 Where Triton's interpreter is on (``TRITON_INTERPRET=1``), ``triton`` takes CPU tensors, on demand.
 
 ``cuda`` and ``triton`` implement the same functions, one set an op, with the schemas of
-``csrc/ops.cpp``: they fill tensors that ``effnet_kernels.ops`` allocated. ``cpu`` implements the
-functional ops themselves.
+``csrc/ops.cpp``: they fill tensors that ``effnet_kernels.ops`` allocated. ``cpu`` implements most
+functional ops itself, and those functions that the other ops are composed of.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _warn_eager(op: str, device: str, dtype: torch.dtype) -> None:
 
 
 def kernel(backend: str, name: str) -> Callable[..., None]:
-    """Function ``name`` (an out-variant of ``csrc/ops.cpp``) of ``cuda`` or ``triton``."""
+    """Function ``name`` (an out-variant of ``csrc/ops.cpp``) of ``cuda``, ``cpu`` or ``triton``."""
     if backend == TRITON.name:
         function: Any = _triton_kernel(name)
     else:
@@ -227,10 +227,10 @@ def _cpp_kernel(name: str) -> Any:
 @functools.cache
 def _triton_kernel(name: str) -> Any:
     op = {
-        "affine_act_backward_out": "batch_norm_act",
-        "affine_act_gate_out": "batch_norm_act",
-        "affine_act_out": "batch_norm_act",
-        "affine_act_sums_out": "batch_norm_act",
+        "batch_norm_act_backward_out": "batch_norm_act",
+        "batch_norm_act_gate_out": "batch_norm_act",
+        "batch_norm_act_out": "batch_norm_act",
+        "batch_norm_act_sums_out": "batch_norm_act",
         "channel_statistics_out": "batch_norm_act",
         "channel_sums_out": "squeeze_excite",
         "channel_scale_out": "squeeze_excite",

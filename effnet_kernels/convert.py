@@ -40,6 +40,15 @@ _BLOCKS = {
     "torchvision.models.mobilenetv3": ("InvertedResidual",),
 }
 
+# What of a model outside its blocks is taken: by the model's class, the paths of its stem and head.
+_ENDS = {
+    ("timm.models.efficientnet", "EfficientNet"): ("bn1", "bn2"),
+    ("timm.models.efficientnet", "EfficientNetFeatures"): ("bn1",),
+    ("timm.models.mobilenetv3", "MobileNetV3"): ("bn1",),
+    ("timm.models.mobilenetv3", "MobileNetV3Features"): ("bn1",),
+    ("torchvision.models.efficientnet", "EfficientNet"): ("features.0", "features.-1"),
+}
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -187,9 +196,27 @@ def _stock_name(cls: type) -> str | None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of ``model``, and the stems and heads of the models in it, in its order."""
+    ends: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if _stock_name(type(module)) is not None:
+        cls = type(module)
+        for path in _ENDS.get((cls.__module__, cls.__name__), ()):
+            ends.update(_descendant(module, path))
+        if module in ends or _stock_name(cls) is not None:
             yield name, module
+
+
+def _descendant(module: nn.Module, path: str) -> list[nn.Module]:
+    """The module at ``path``, which may count children from the end, if it is there."""
+    for name in path.split("."):
+        children = dict(module.named_children())
+        if name.startswith("-") and len(children) >= -int(name):
+            module = list(children.values())[int(name)]
+        elif name in children:
+            module = children[name]
+        else:
+            return []
+    return [] if type(module) is nn.Identity else [module]
 
 
 def _refusal(block: nn.Module) -> str | None:

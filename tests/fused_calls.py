@@ -28,7 +28,7 @@ class Calls(TorchDispatchMode):
     @property
     def whole(self) -> int:
         """Forward calls of whole blocks."""
-        return self._forward("mbconv")
+        return self._forward("mbconv", "mbconv_train")
 
     @property
     def gated(self) -> int:

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kGroup = 4;
 constexpr int64_t kRunBytes = 16 * 1024;
-constexpr int64_t kRunPixels = 32;
+// A sum over many pixels loses more to rounding than an exact one costs.
+constexpr int64_t kRunPixels = 16;
 
 template <int Value>
 struct Vectors {
@@ -108,9 +109,14 @@ void statistics(const ChannelStatistics& a, const PixelPlan& p, int64_t begin, i
     F* origin = sums + 4 * p.padded_channels;
     clear(sums, kStatisticsPartials * p.padded_channels);
     const int64_t item = p.first_item(slot);
-    const T* first =
-        input + (item / p.blocks * p.pixels + item % p.blocks * p.block_pixels) * a.channels;
-    for (int c = 0; c < a.channels; ++c) origin[c] = to_float(first[c]);
+    // The mean of a few pixels: deviations from it are small, and so are their sums.
+    const int64_t pixel = item % p.blocks * p.block_pixels;
+    const T* x = input + (item / p.blocks * p.pixels + pixel) * a.channels;
+    const int few = lesser(kRunPixels, static_cast<int>(p.pixels - pixel));
+    for (int i = 0; i < few; ++i, x += a.channels) {
+      for (int c = 0; c < a.channels; ++c) origin[c] += to_float(x[c]);
+    }
+    for (int c = 0; c < a.channels; ++c) origin[c] /= few;
     for (int64_t i = item; i < p.first_item(slot + 1); ++i) {
       for_each_run<T>(i, a.channels, p,
                       [&](int64_t offset, int c, int count, int last, auto vectors) {
@@ -169,14 +175,46 @@ void merge_statistics(const ChannelStatistics& a, const PixelPlan& p, const void
 
 // ---- Forward and backward. ----
 
+template <class T>
+void fold(const BatchNorm& bn, int channels, const FoldedBatchNorm& f) {
+  using F = typename Simd<T>::Scalar;
+  for (int c = 0; c < channels; ++c) {
+    const F mean = channel_value<F>(bn.mean, c, F(0));
+    const double invstd = 1 / std::sqrt(channel_value<F>(bn.var, c, F(1)) + bn.eps);
+    const F scale = static_cast<F>(channel_value<F>(bn.weight, c, F(1)) * invstd);
+    static_cast<F*>(f.mean)[c] = mean;
+    static_cast<F*>(f.invstd)[c] = static_cast<F>(invstd);
+    static_cast<F*>(f.scale)[c] = scale;
+    static_cast<F*>(f.shift)[c] =
+        static_cast<F>(channel_value<F>(bn.bias, c, F(0)) - static_cast<double>(mean) * scale);
+  }
+}
+
+template <class T>
+void fold_gradients(const void* grad_bn_weight, const void* grad_bn_bias, int64_t elements,
+                    int channels, const FoldedBatchNorm& f) {
+  using F = typename Simd<T>::Scalar;
+  for (int c = 0; c < channels; ++c) {
+    double constant = 0, slope = 0;
+    if (grad_bn_weight != nullptr) {
+      const double each = -static_cast<double>(static_cast<const F*>(f.scale)[c]) / elements;
+      constant = each * static_cast<const F*>(grad_bn_bias)[c];
+      slope = each * static_cast<const F*>(f.invstd)[c] * static_cast<const F*>(grad_bn_weight)[c];
+    }
+    static_cast<F*>(f.constant)[c] = static_cast<F>(constant);
+    static_cast<F*>(f.slope)[c] = static_cast<F>(slope);
+  }
+}
+
 // The per-channel values of a group that every pass needs, for one image.
 template <class S, int N>
 struct AffineGroup {
   typename S::V scale[N], shift[N], gate[N];
 
-  EFFNET_INLINE AffineGroup(const AffineAct& a, int64_t image, int c, int last) {
-    load_values<S, N>(scale, a.scale, c, last, 1.f);
-    load_values<S, N>(shift, a.shift, c, last, 0.f);
+  EFFNET_INLINE AffineGroup(const BatchNormAct& a, const FoldedBatchNorm& f, int64_t image, int c,
+                            int last) {
+    load_values<S, N>(scale, f.scale, c, last, 1.f);
+    load_values<S, N>(shift, f.shift, c, last, 0.f);
     load_values<S, N>(gate, a.gate, image * a.channels + c, last, 1.f);
   }
 
@@ -187,8 +225,8 @@ struct AffineGroup {
 };
 
 template <class T>
-void forward(const AffineActForward& a, const PixelPlan& p, int64_t begin, int64_t end,
-             void* pooled) {
+void forward(const BatchNormActForward& a, const FoldedBatchNorm& f, const PixelPlan& p,
+             int64_t begin, int64_t end, void* pooled) {
   using S = Simd<T>;
   using F = typename S::Scalar;
   using V = typename S::V;
@@ -204,7 +242,7 @@ void forward(const AffineActForward& a, const PixelPlan& p, int64_t begin, int64
     for_each_run<T>(
         item, a.channels, p, [&](int64_t offset, int c, int count, int last, auto vectors) {
           constexpr int N = decltype(vectors)::value;
-          const AffineGroup<S, N> group(a, item / p.blocks, c, last);
+          const AffineGroup<S, N> group(a, f, item / p.blocks, c, last);
           V sum[N];
           EFFNET_UNROLL
           for (int v = 0; v < N; ++v) sum[v] = S::set(0.f);
@@ -237,10 +275,11 @@ struct GradientGroup : AffineGroup<S, N> {
   typename S::V pooled[N], center[N];
   Activation activation;
 
-  EFFNET_INLINE GradientGroup(const AffineActGradient& a, int64_t image, int c, int last)
-      : AffineGroup<S, N>(a, image, c, last), activation(a.activation) {
+  EFFNET_INLINE GradientGroup(const BatchNormActGradient& a, const FoldedBatchNorm& f,
+                              int64_t image, int c, int last)
+      : AffineGroup<S, N>(a, f, image, c, last), activation(a.activation) {
     load_values<S, N>(pooled, a.grad_pooled, image * a.channels + c, last, 0.f);
-    load_values<S, N>(center, a.center, c, last, 0.f);
+    load_values<S, N>(center, f.mean, c, last, 0.f);
   }
 
   EFFNET_INLINE void differentiate(typename S::V (&x)[N], const typename S::V (&grad)[N]) const {
@@ -252,7 +291,8 @@ struct GradientGroup : AffineGroup<S, N> {
 };
 
 template <class T>
-void sums(const AffineActSums& a, const PixelPlan& p, int64_t begin, int64_t end, void* partials) {
+void sums(const BatchNormActSums& a, const FoldedBatchNorm& f, const PixelPlan& p, int64_t begin,
+          int64_t end, void* partials) {
   using S = Simd<T>;
   using F = typename S::Scalar;
   using V = typename S::V;
@@ -266,7 +306,7 @@ void sums(const AffineActSums& a, const PixelPlan& p, int64_t begin, int64_t end
       for_each_run<T>(
           item, a.channels, p, [&](int64_t offset, int c, int count, int last, auto vectors) {
             constexpr int N = decltype(vectors)::value;
-            const GradientGroup<S, N> group(a, item / p.blocks, c, last);
+            const GradientGroup<S, N> group(a, f, item / p.blocks, c, last);
             V scale[N], shift[N];
             EFFNET_UNROLL
             for (int v = 0; v < N; ++v) scale[v] = shift[v] = S::set(0.f);
@@ -291,7 +331,8 @@ void sums(const AffineActSums& a, const PixelPlan& p, int64_t begin, int64_t end
 }
 
 template <class T>
-void backward(const AffineActBackward& a, const PixelPlan& p, int64_t begin, int64_t end) {
+void backward(const BatchNormActBackward& a, const FoldedBatchNorm& f, const PixelPlan& p,
+              int64_t begin, int64_t end) {
   using S = Simd<T>;
   using V = typename S::V;
   const T* input = static_cast<const T*>(a.input);
@@ -301,21 +342,24 @@ void backward(const AffineActBackward& a, const PixelPlan& p, int64_t begin, int
     for_each_run<T>(
         item, a.channels, p, [&](int64_t offset, int c, int count, int last, auto vectors) {
           constexpr int N = decltype(vectors)::value;
-          const GradientGroup<S, N> group(a, item / p.blocks, c, last);
+          const GradientGroup<S, N> group(a, f, item / p.blocks, c, last);
           V constant[N], slope[N];
-          load_values<S, N>(constant, a.constant, c, last, 0.f);
-          load_values<S, N>(slope, a.slope, c, last, 0.f);
+          load_values<S, N>(constant, f.constant, c, last, 0.f);
+          load_values<S, N>(slope, f.slope, c, last, 0.f);
           for (int64_t at = offset + c, pixel = 0; pixel < count; ++pixel, at += a.channels) {
             V x[N], du[N], grad[N];
             load_vectors<T, N>(x, input + at, last);
             load_vectors<T, N>(grad, grad_output + at, last);
-            EFFNET_UNROLL
-            for (int v = 0; v < N; ++v) du[v] = x[v];
-            group.differentiate(du, grad);
+            if (!a.linear) {
+              EFFNET_UNROLL
+              for (int v = 0; v < N; ++v) du[v] = x[v];
+              group.differentiate(du, grad);
+              EFFNET_UNROLL
+              for (int v = 0; v < N; ++v) grad[v] = du[v] * group.scale[v];
+            }
             EFFNET_UNROLL
             for (int v = 0; v < N; ++v) {
-              const V mean = S::fma(slope[v], x[v] - group.center[v], constant[v]);
-              x[v] = S::fma(du[v], group.scale[v], mean);
+              x[v] = S::fma(slope[v], x[v] - group.center[v], grad[v] + constant[v]);
             }
             store_vectors<T, N>(grad_input + at, x, last);
           }
@@ -324,7 +368,8 @@ void backward(const AffineActBackward& a, const PixelPlan& p, int64_t begin, int
 }
 
 template <class T>
-void gate(const AffineActGate& a, const PixelPlan& p, int64_t begin, int64_t end, void* partials) {
+void gate(const BatchNormActGate& a, const FoldedBatchNorm& f, const PixelPlan& p, int64_t begin,
+          int64_t end, void* partials) {
   using S = Simd<T>;
   using F = typename S::Scalar;
   using V = typename S::V;
@@ -338,7 +383,7 @@ void gate(const AffineActGate& a, const PixelPlan& p, int64_t begin, int64_t end
     for_each_run<T>(
         item, a.channels, p, [&](int64_t offset, int c, int count, int last, auto vectors) {
           constexpr int N = decltype(vectors)::value;
-          const AffineGroup<S, N> group(a, item / p.blocks, c, last);
+          const AffineGroup<S, N> group(a, f, item / p.blocks, c, last);
           V sum[N];
           EFFNET_UNROLL
           for (int v = 0; v < N; ++v) sum[v] = S::set(0.f);
@@ -364,7 +409,7 @@ void gate(const AffineActGate& a, const PixelPlan& p, int64_t begin, int64_t end
 
 template <class T>
 void merge(void* to, const void* partials, int64_t groups, int64_t size, int64_t rows,
-           int64_t first, int channels, const PixelPlan& p) {
+           int64_t first, int channels, const void* factor, const PixelPlan& p) {
   using F = typename Simd<T>::Scalar;
   for (int64_t group = 0; group < groups; ++group) {
     for (int c = 0; c < channels; ++c) {
@@ -374,6 +419,7 @@ void merge(void* to, const void* partials, int64_t groups, int64_t size, int64_t
             static_cast<const F*>(partials) + (i * rows + first) * p.padded_channels + c;
         total += static_cast<double>(pair[0]) + static_cast<double>(pair[p.padded_channels]);
       }
+      if (factor != nullptr) total *= static_cast<const F*>(factor)[c];
       static_cast<F*>(to)[group * channels + c] = static_cast<F>(total);
     }
   }
@@ -382,8 +428,8 @@ void merge(void* to, const void* partials, int64_t groups, int64_t size, int64_t
 template <class T>
 const BatchNormActKernels* kernels_of() {
   static constexpr BatchNormActKernels kernels = {
-      Simd<T>::lanes, statistics<T>, merge_statistics<T>, forward<T>, sums<T>, backward<T>,
-      gate<T>,        merge<T>};
+      Simd<T>::lanes, statistics<T>, merge_statistics<T>, fold<T>, fold_gradients<T>,
+      forward<T>,     sums<T>,       backward<T>,         gate<T>, merge<T>};
   return &kernels;
 }
 

@@ -237,30 +237,28 @@ void pack_weight(F* to, const T* weight, const F* scale, int taps, const Depthwi
   }
 }
 
-// The block's channels of a vector in any of its dtypes; `absent` where it is None.
+// One value of a vector in any of its dtypes; `absent` where it is None.
+template <class F>
+EFFNET_INLINE F channel_value(const ChannelVector& x, int64_t i, F absent) {
+  if (x.data == nullptr) return absent;
+  switch (x.dtype) {
+    case Dtype::float32:
+      return static_cast<F>(static_cast<const float*>(x.data)[i]);
+    case Dtype::float16:
+      return static_cast<F>(to_float(static_cast<const half*>(x.data)[i]));
+    case Dtype::bfloat16:
+      return static_cast<F>(to_float(static_cast<const bfloat16*>(x.data)[i]));
+    default:
+      return static_cast<F>(static_cast<const double*>(x.data)[i]);
+  }
+}
+
+// The block's channels of a vector; `absent` where it is None.
 template <class F>
 void pack_channels(F* to, const ChannelVector& x, F absent, const DepthwisePlan& p,
                    const Block& b) {
   const int64_t channels = block_channels(p, b);
-  const auto pack = [&](const auto* from) {
-    for (int64_t i = 0; i < channels; ++i) {
-      to[i] = from == nullptr ? absent : static_cast<F>(to_float(from[b.channel + i]));
-    }
-  };
-  switch (x.dtype) {
-    case Dtype::float32:
-      pack(static_cast<const float*>(x.data));
-      break;
-    case Dtype::float16:
-      pack(static_cast<const half*>(x.data));
-      break;
-    case Dtype::bfloat16:
-      pack(static_cast<const bfloat16*>(x.data));
-      break;
-    case Dtype::float64:
-      pack(static_cast<const double*>(x.data));
-      break;
-  }
+  for (int64_t i = 0; i < channels; ++i) to[i] = channel_value(x, b.channel + i, absent);
   for (int64_t i = channels; i < int64_t{b.vectors} * p.lanes; ++i) to[i] = F(0);
 }
 

@@ -33,22 +33,6 @@ EFFNET_INLINE int panel_vectors(int64_t panel, int64_t panels, int channels) {
   return panel == panels - 1 ? static_cast<int>(vectors - 2 * panel) : 2;
 }
 
-// One value of a vector in any of its dtypes; `absent` where it is None.
-template <class F>
-EFFNET_INLINE F channel_value(const ChannelVector& x, int64_t i, F absent) {
-  if (x.data == nullptr) return absent;
-  switch (x.dtype) {
-    case Dtype::float32:
-      return static_cast<F>(static_cast<const float*>(x.data)[i]);
-    case Dtype::float16:
-      return static_cast<F>(to_float(static_cast<const half*>(x.data)[i]));
-    case Dtype::bfloat16:
-      return static_cast<F>(to_float(static_cast<const bfloat16*>(x.data)[i]));
-    default:
-      return static_cast<F>(static_cast<const double*>(x.data)[i]);
-  }
-}
-
 // Panels [begin, end) of `panels` of weight (K, C), each row times its channel's BN scale, and what
 // their sums start with. Channels beyond the last are zeros.
 template <class T>

@@ -1,16 +1,14 @@
-"""Depthwise conv + BN + activation as a module, and the running statistics that the op leaves to
-its caller.
-"""
+"""Depthwise conv + BN + activation as a module."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from effnet_kernels.activations import activation_code
+from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
 from effnet_kernels.ops import Prologue, depthwise_conv_bn_act
 
 
@@ -103,7 +101,7 @@ def run_depthwise_conv_bn_act(
     Returns:
         The output (N, C, OH, OW), and the sums or None.
     """
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    training = normalises_by_batch(bn)
     output, pooled, batch_mean, batch_var = depthwise_conv_bn_act(
         input,
         conv.weight,
@@ -120,35 +118,6 @@ def run_depthwise_conv_bn_act(
         pool=pool,
         prologue=prologue,
     )
-    if bn.training and bn.track_running_stats and batch_mean is not None and batch_var is not None:
-        _update_running_statistics(bn, batch_mean, batch_var, output)
+    if batch_mean is not None and batch_var is not None:
+        update_running_statistics(bn, batch_mean, batch_var, output.numel() // output.shape[1])
     return output, pooled
-
-
-@torch.no_grad()
-def _update_running_statistics(
-    bn: nn.BatchNorm2d, batch_mean: Tensor, batch_var: Tensor, output: Tensor
-) -> None:
-    """Moves ``bn``'s buffers towards a batch's mean and (biased, hence corrected) variance."""
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if bn.running_mean is None or bn.running_var is None or output.numel() == 0:
-        return
-    momentum: float | Tensor
-    if bn.momentum is not None:
-        momentum = bn.momentum
-    elif bn.num_batches_tracked is not None:
-        # Stays on the device: reading the count would make every step wait for it.
-        momentum = 1.0 / bn.num_batches_tracked.to(batch_mean.dtype)
-    else:
-        momentum = 0.0
-    count = output.numel() // output.shape[1]
-    _lerp(bn.running_mean, batch_mean, momentum)
-    _lerp(bn.running_var, batch_var * (count / (count - 1)), momentum)
-
-
-def _lerp(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    if running.dtype == batch.dtype:
-        running.lerp_(batch, momentum)
-    else:  # 16-bit buffers: one rounding, after the sum
-        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))

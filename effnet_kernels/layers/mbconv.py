@@ -1,13 +1,15 @@
-"""MBConv from the modules that hold its parameters: what the adapters of several libraries share."""
+"""MBConv from the modules that hold its parameters: what the adapters of all libraries share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv
+from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
+from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv, mbconv_train
 
 
 class Stage(NamedTuple):
@@ -17,13 +19,13 @@ class Stage(NamedTuple):
     norm: nn.BatchNorm2d
     activation: str
 
-    def arguments(self) -> ConvBn:
-        """The stage as the op takes it, normalised by running statistics."""
+    def arguments(self, training: bool = False) -> ConvBn:
+        """The stage as the ops take it, normalised by running statistics unless ``training``."""
         norm = self.norm
         return ConvBn(
             self.conv.weight,
-            norm.running_mean,  # type: ignore[arg-type]
-            norm.running_var,  # type: ignore[arg-type]
+            None if training else norm.running_mean,
+            None if training else norm.running_var,
             norm.weight,
             norm.bias,
             norm.eps,
@@ -40,43 +42,77 @@ class Excite(NamedTuple):
     gate: str
 
 
-def run_mbconv(
-    input: Tensor,
-    expand: Stage | None,
-    depthwise: Stage,
-    excite: Excite | None,
-    project: Stage,
-    padding: int | str | Sequence[int],
-    *,
-    residual: bool,
-) -> Tensor:
-    """The block in inference, on the op ``mbconv``.
+class Block(NamedTuple):
+    """The modules of a block.
 
-    Args:
-        input: (N, C, H, W).
+    Attributes:
         expand: the 1x1 expansion, or None.
         depthwise: the depthwise stage; its convolution's stride is read, its padding is not.
         excite: squeeze-and-excitation, or None.
         project: the 1x1 projection.
-        padding: of the depthwise convolution, as the op takes it.
-        residual: add the input.
+        padding: of the depthwise convolution, as the ops take it.
+        residual: whether the input is added.
     """
-    return mbconv(
-        input,
-        None if expand is None else expand.arguments(),
-        depthwise.arguments(),
-        None
-        if excite is None
-        else SqueezeExcite(
+
+    expand: Stage | None
+    depthwise: Stage
+    excite: Excite | None
+    project: Stage
+    padding: int | str | Sequence[int]
+    residual: bool
+
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The BNs, in the order that they run in."""
+        expand = () if self.expand is None else (self.expand.norm,)
+        return (*expand, self.depthwise.norm, self.project.norm)
+
+
+def statistics_refusal(norms: Sequence[nn.BatchNorm2d]) -> str | None:
+    """Why no op takes BNs in these modes, or None."""
+    by_batch = [normalises_by_batch(norm) for norm in norms]
+    if len(set(by_batch)) > 1:
+        return "some of its BNs normalise by the batch, some by running statistics"
+    if not by_batch[0] and any(n.running_mean is None or n.running_var is None for n in norms):
+        return "a BN has one running statistic and not the other"
+    return None
+
+
+def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | None]) -> Tensor:
+    """Runs ``block``, with which ``statistics_refusal`` has no difficulty, on one op, with all that
+    its BNs do to their buffers.
+
+    Args:
+        input: (N, C, H, W).
+        block: the modules.
+        sample_scale: draws what drop path multiplies images by, (N,), or gives None.
+    """
+    excite = block.excite
+    squeeze_excite = None
+    if excite is not None:
+        squeeze_excite = SqueezeExcite(
             excite.reduce.weight,
             excite.reduce.bias,
             excite.expand.weight,
             excite.expand.bias,
             excite.activation,
             excite.gate,
-        ),
-        project.arguments(),
-        depthwise.conv.stride[0],
-        padding,
-        residual=residual,
-    )
+        )
+    norms = block.norms()
+    training = normalises_by_batch(norms[0])
+    scale = sample_scale() if block.residual else None
+    expand = None if block.expand is None else block.expand.arguments(training)
+    depthwise, project = block.depthwise.arguments(training), block.project.arguments(training)
+    stride = block.depthwise.conv.stride[0]
+    if not training and scale is None and not torch.is_grad_enabled():
+        return mbconv(
+            input, expand, depthwise, squeeze_excite, project, stride, block.padding,
+            residual=block.residual,
+        )  # fmt: skip
+    output, *statistics = mbconv_train(
+        input, expand, depthwise, squeeze_excite, project, stride, block.padding,
+        training=training, residual=block.residual, sample_scale=scale,
+    )  # fmt: skip
+    batch = [s for s in statistics if s is not None]
+    for norm, (mean, var, elements) in zip(norms, batch, strict=False):
+        update_running_statistics(norm, mean, var, elements)
+    return output

@@ -2,10 +2,11 @@
 
 Each adapter is a subclass of its stock block with another ``forward``, and a stock block becomes
 one by having its class changed: children, parameters, ``state_dict`` and hooks stay where they are.
-In inference a block is one op, ``mbconv``. Where a gradient is wanted, or something hangs on a child
-that the op would bypass, the depthwise convolution, its BN and its activation run on one op, which
-also leaves the sums that squeeze-and-excitation needs, and that on another; the rest is called as
-before, but for the expansion's BN and activation, which in inference are the first op's prologue.
+A block is one op: ``mbconv`` in inference, ``mbconv_train`` where gradients or batch statistics are
+wanted. Where something hangs on a child that the op would bypass, the depthwise convolution, its BN
+and its activation run on one op, which also leaves the sums that squeeze-and-excitation needs, and
+that on another; the rest is called as before, but for the expansion's BN and activation, which in
+inference are the first op's prologue.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from timm.layers import activations as timm_act
 from timm.layers import activations_me as timm_act_me
 from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import (
+    ConvBnAct,
     DepthwiseSeparableConv,
     InvertedResidual,
     SqueezeExcite,
@@ -25,6 +27,7 @@ from timm.models._efficientnet_blocks import (
 from torch import Tensor, nn
 
 from effnet_kernels.layers.adapter import Adapter
+from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
     call_refusal,
@@ -33,8 +36,10 @@ from effnet_kernels.layers.eligibility import (
     module_refusal,
     pointwise_conv_refusal,
 )
-from effnet_kernels.layers.mbconv import Excite, Stage, run_mbconv
-from effnet_kernels.ops import Prologue, squeeze_excite
+from effnet_kernels.layers.mbconv import Block, Excite, Stage, run_mbconv, statistics_refusal
+from effnet_kernels.layers.running_statistics import normalises_by_batch
+from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
+from effnet_kernels.ops.checks import autocast_dtype
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "depthwise_conv_bn_act"
@@ -65,9 +70,13 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn2", self.bn2):
             output: Tensor = super().forward(x)
             return output
-        if not torch.is_grad_enabled() and inference_refusal(self) is None:
-            return _run_mbconv(
-                self, x, (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
+        if whole_refusal(self) is None:
+            return _run_whole(
+                self,
+                x,
+                (self.conv_pw, self.bn1),
+                (self.conv_dw, self.bn2),
+                (self.conv_pwl, self.bn3),
             )
         shortcut = x
         if self.conv_s2d is not None:
@@ -95,8 +104,8 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn1", self.bn1):
             output: Tensor = super().forward(x)
             return output
-        if not torch.is_grad_enabled() and inference_refusal(self) is None:
-            return _run_mbconv(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
+        if whole_refusal(self) is None:
+            return _run_whole(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
@@ -109,18 +118,66 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         return x
 
 
+class FusedConvBnAct(ConvBnAct):  # type: ignore[misc]
+    """``ConvBnAct`` with its BN, activation, drop path and residual as one op, in inference with a
+    1x1 convolution as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        if call_refusal("batch_norm_act", x) is not None or conv_bn_act_refusal(self) is not None:
+            output: Tensor = super().forward(x)
+            return output
+        bn, activation = self.bn1, _ACTIVATIONS[type(self.bn1.act)]
+        shortcut = x if self.has_skip else None
+        scale = _sample_scale(self.drop_path, x) if self.has_skip else None
+        pointwise = pointwise_conv_refusal("conv", self.conv) is None and self.conv.bias is None
+        if pointwise and not (torch.is_grad_enabled() or normalises_by_batch(bn) or self.has_skip):
+            return pointwise_conv_bn_act(
+                x, self.conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                activation,
+            ).output  # fmt: skip
+        x = self.conv(x)
+        if shortcut is not None and shortcut.dtype != x.dtype:  # under autocast
+            return run_batch_norm_act(x, bn, activation, sample_scale=scale) + shortcut
+        return run_batch_norm_act(x, bn, activation, residual=shortcut, sample_scale=scale)
+
+
+class FusedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
+    """``BatchNormAct2d``, of a stem or a head, as one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """BN and activation of x, (N, C, H, W)."""
+        if call_refusal("batch_norm_act", x) is not None or norm_refusal(self) is not None:
+            output: Tensor = super().forward(x)
+            return output
+        return run_batch_norm_act(x, self, _ACTIVATIONS[type(self.act)])
+
+
+def conv_bn_act_refusal(block: ConvBnAct) -> str | None:
+    """Why the op cannot stand in for what follows the convolution of ``block``, or None."""
+    reason = _norm_act_refusal("bn1", block.bn1) or _idle_refusal(block)
+    if reason is not None:
+        return reason
+    return statistics_refusal([block.bn1])
+
+
+def norm_refusal(norm: BatchNormAct2d) -> str | None:
+    """Why the op cannot stand in for ``norm``, whose own hooks run all the same, or None."""
+    return _act_refusal("it", norm) or statistics_refusal([norm])
+
+
 def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
     return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
 
 
-def inference_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:
-    """Why ``block``, whose depthwise stage the caller has checked, is not one op in inference."""
-    if type(block) is FusedInvertedResidual or type(block) is InvertedResidual:
-        convs = (("conv_pw", block.conv_pw), ("conv_pwl", block.conv_pwl))
-        norms = (("bn1", block.bn1), ("bn2", block.bn2), ("bn3", block.bn3))
-    else:
-        convs = (("conv_pw", block.conv_pw),)
-        norms = (("bn1", block.bn1), ("bn2", block.bn2))
+def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:
+    """Why ``block``, whose depthwise stage the caller has checked, is not one op, or None."""
+    convs: list[tuple[str, Any]] = [("conv_pw", block.conv_pw)]
+    norms: list[tuple[str, Any]] = [("bn1", block.bn1), ("bn2", block.bn2)]
+    if isinstance(block, InvertedResidual):
+        convs.append(("conv_pwl", block.conv_pwl))
+        norms.append(("bn3", block.bn3))
     for name, conv in convs:
         reason = pointwise_conv_refusal(name, conv)
         if reason is not None:
@@ -131,16 +188,14 @@ def inference_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str |
         reason = _norm_act_refusal(name, norm)
         if reason is not None:
             return reason
-        if norm.training or norm.running_mean is None or norm.running_var is None:
-            return f"{name} normalises by the statistics of the batch"
+    reason = statistics_refusal([norm for _, norm in norms])
+    if reason is not None:
+        return reason
     if block.conv_s2d is not None:
         return "it has a space-to-depth convolution"
-    for name, module in (("aa", block.aa), ("drop_path", block.drop_path)):
-        idle = type(module) is nn.Identity or (type(module) is DropPath and not module.training)
-        reason = None if idle else f"is a {type(module).__name__}"
-        reason = reason or module_refusal(module)
-        if reason is not None:
-            return f"{name} {reason}"
+    reason = _idle_refusal(block)
+    if reason is not None:
+        return reason
     if type(block.se) is nn.Identity:
         reason = module_refusal(block.se)
         return None if reason is None else f"se {reason}"
@@ -150,31 +205,44 @@ def inference_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str |
 _ConvNorm = tuple[nn.Conv2d, BatchNormAct2d]
 
 
-def _run_mbconv(
+def _run_whole(
     block: InvertedResidual | DepthwiseSeparableConv,
     x: Tensor,
     expand: _ConvNorm | None,
     depthwise: _ConvNorm,
     project: _ConvNorm,
 ) -> Tensor:
-    """A block that ``inference_refusal`` has nothing against."""
+    """A block that ``whole_refusal`` has nothing against."""
     se = block.se
-    return run_mbconv(
-        x,
-        None if expand is None else _stage(*expand),
-        _stage(*depthwise),
-        None
-        if type(se) is nn.Identity
-        else Excite(
+    excite = None
+    if type(se) is not nn.Identity:
+        excite = Excite(
             se.conv_reduce,
             se.conv_expand,
             _ACTIVATIONS[type(se.act1)],
             _ACTIVATIONS[type(se.gate)],
-        ),
+        )
+    modules = Block(
+        None if expand is None else _stage(*expand),
+        _stage(*depthwise),
+        excite,
         _stage(*project),
         _padding(depthwise[0]),
-        residual=block.has_skip,
+        block.has_skip,
     )
+    return run_mbconv(x, modules, lambda: _sample_scale(block.drop_path, x))
+
+
+def _sample_scale(drop_path: Any, x: Tensor) -> Tensor | None:
+    """What timm's ``drop_path`` multiplies each image by, drawn as it draws it, or None."""
+    if type(drop_path) is nn.Identity or not drop_path.training or drop_path.drop_prob == 0.0:
+        return None
+    keep = 1 - drop_path.drop_prob
+    dtype = autocast_dtype(x) or x.dtype
+    scale = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
+    if keep > 0.0 and drop_path.scale_by_keep:
+        scale.div_(keep)
+    return scale.flatten()
 
 
 def _stage(conv: nn.Conv2d, norm: BatchNormAct2d) -> Stage:
@@ -199,15 +267,34 @@ def _norm_act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
     """Why ``norm`` is not BN and a known activation and nothing else."""
     if type(norm) is not BatchNormAct2d:
         return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
+    reason = module_refusal(norm)
+    return _act_refusal(name, norm) if reason is None else f"{name} {reason}"
+
+
+def _act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
     act, drop = norm.act, norm.drop
     if type(act) not in _ACTIVATIONS:
         return f"{name}.act is a {type(act).__name__}, which no kernel knows"
     if type(drop) is not nn.Identity:
         return f"{name}.drop is a {type(drop).__name__}"
-    for part, module in (("", norm), (".act", act), (".drop", drop)):
+    for part, module in (("act", act), ("drop", drop)):
         reason = module_refusal(module)
         if reason is not None:
-            return f"{name}{part} {reason}"
+            return f"{name}.{part} {reason}"
+    return None
+
+
+def _idle_refusal(block: Any) -> str | None:
+    """Why ``block``'s ``aa`` and ``drop_path`` do more than an op that stands in for them."""
+    for name, module, known in (
+        ("aa", block.aa, (nn.Identity,)),
+        ("drop_path", block.drop_path, (nn.Identity, DropPath)),
+    ):
+        if type(module) not in known:
+            return f"{name} is a {type(module).__name__}"
+        reason = module_refusal(module)
+        if reason is not None:
+            return f"{name} {reason}"
     return None
 
 
@@ -301,4 +388,6 @@ ADAPTERS: tuple[Adapter, ...] = (
         FusedDepthwiseSeparableConv,
         lambda block: depthwise_refusal(block.conv_dw, "bn1", block.bn1),
     ),
+    Adapter(ConvBnAct, FusedConvBnAct, conv_bn_act_refusal),
+    Adapter(BatchNormAct2d, FusedBatchNormAct2d, norm_refusal),
 )

@@ -15,6 +15,7 @@ from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 from effnet_kernels.layers.adapter import Adapter
+from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
     call_refusal,
@@ -23,8 +24,9 @@ from effnet_kernels.layers.eligibility import (
     module_refusal,
     pointwise_conv_refusal,
 )
-from effnet_kernels.layers.mbconv import Excite, Stage, run_mbconv
+from effnet_kernels.layers.mbconv import Block, Excite, Stage, run_mbconv, statistics_refusal
 from effnet_kernels.ops import squeeze_excite
+from effnet_kernels.ops.checks import autocast_dtype
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "mbconv"
@@ -41,7 +43,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
-    """``MBConv`` as one op in inference; depthwise stage and gate on ops where gradients are wanted."""
+    """``MBConv`` as one op, or with its depthwise stage and gate on ops."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The block of input, (N, C, H, W)."""
@@ -51,41 +53,63 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
         expand, depthwise, se, project = _children(self)
         depthwise_stage = _stage(depthwise)
         excite = Excite(
-            se.fc1, se.fc2, _ACTIVATIONS[type(se.activation)], _ACTIVATIONS[type(se.scale_activation)]
+            se.fc1,
+            se.fc2,
+            _ACTIVATIONS[type(se.activation)],
+            _ACTIVATIONS[type(se.scale_activation)],
         )
         padding = conv_padding(depthwise_stage.conv)
-        if not torch.is_grad_enabled() and inference_refusal(self) is None:
-            return run_mbconv(
-                input,
+        if whole_refusal(self) is None:
+            block = Block(
                 None if expand is None else _stage(expand),
                 depthwise_stage,
                 excite,
                 _stage(project),
                 padding,
-                residual=self.use_res_connect,
+                self.use_res_connect,
             )
+            return run_mbconv(input, block, lambda: _sample_scale(self.stochastic_depth, input))
         x = input if expand is None else expand(input)
         x, pooled = run_depthwise_conv_bn_act(x, *depthwise_stage, padding, pool=True)
         x = squeeze_excite(
             x, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *excite[2:], pooled=pooled
         )
-        x = project(x)
+        result: Tensor = project(x)
         if self.use_res_connect:
-            x = self.stochastic_depth(x) + input
-        return x
+            result = self.stochastic_depth(result) + input
+        return result
 
 
-def _children(block: MBConv) -> tuple[Any, Any, Any, Any]:
+class FusedConv2dNormActivation(Conv2dNormActivation):  # type: ignore[misc]
+    """``Conv2dNormActivation``, of a stem or a head, with its BN and activation as one op."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolution, BN and activation of input, (N, C, H, W)."""
+        if call_refusal("batch_norm_act", input) is not None or conv_norm_refusal(self) is not None:
+            output: Tensor = super().forward(input)
+            return output
+        conv, norm, activation = _stage(self)
+        return run_batch_norm_act(conv(input), norm, activation)
+
+
+def conv_norm_refusal(stage: Any) -> str | None:
+    """Why the op cannot stand in for what follows the convolution of ``stage``, or None."""
+    if len(stage) not in (2, 3) or type(stage[0]) is not nn.Conv2d:
+        return "it is not a convolution, norm and activation"
+    return _norm_act_refusal("it", stage) or statistics_refusal([stage[1]])
+
+
+def _children(block: Any) -> tuple[Any, Any, Any, Any]:
     """(expand or None, depthwise, squeeze-and-excitation, project)"""
     children = list(block.block)
-    return (None, *children) if len(children) == 3 else tuple(children)  # type: ignore[return-value]
+    return (None, *children) if len(children) == 3 else tuple(children)
 
 
-def _stage(stage: Conv2dNormActivation) -> Stage:
+def _stage(stage: Any) -> Stage:
     return Stage(stage[0], stage[1], _ACTIVATIONS[type(stage[2])] if len(stage) > 2 else "identity")
 
 
-def refusal(block: MBConv) -> str | None:
+def refusal(block: Any) -> str | None:
     """Why the ops for the depthwise stage and the gate cannot stand in for those of ``block``."""
     if type(block.block) is not nn.Sequential or len(block.block) not in (3, 4):
         return "block is not a Sequential of 3 or 4 stages"
@@ -99,11 +123,10 @@ def refusal(block: MBConv) -> str | None:
     )
 
 
-def inference_refusal(block: MBConv) -> str | None:
-    """Why ``block``, with nothing in ``refusal``, is not one op in inference."""
-    first = len(block.block) - 3
+def whole_refusal(block: Any) -> str | None:
+    """Why ``block``, with nothing in ``refusal``, is not one op, or None."""
     expand, depthwise, _, project = _children(block)
-    stages = [(f"block.{first + 2}", project)]
+    stages = [(f"block.{len(block.block) - 1}", project)]
     if expand is not None:
         stages.append(("block.0", expand))
     for name, stage in stages:
@@ -112,43 +135,61 @@ def inference_refusal(block: MBConv) -> str | None:
             return reason
         if stage[0].bias is not None:
             return f"{name}.0 has a bias"
-    for name, stage in [*stages, (f"block.{first}", depthwise)]:
-        norm = stage[1]
-        if norm.training or norm.running_mean is None or norm.running_var is None:
-            return f"{name}.1 normalises by the statistics of the batch"
     drop = block.stochastic_depth
-    if type(drop) is not StochasticDepth or drop.training:
-        return "stochastic_depth is active"
-    return module_refusal_named("stochastic_depth", drop)
+    if type(drop) is not StochasticDepth or drop.mode != "row":
+        return "stochastic_depth does not drop whole images"
+    norms = [stage[1] for stage in (expand, depthwise, project) if stage is not None]
+    return statistics_refusal(norms) or module_refusal_named("stochastic_depth", drop)
 
 
-def module_refusal_named(name: str, module: nn.Module) -> str | None:
+def _sample_scale(drop: Any, x: Tensor) -> Tensor | None:
+    """What ``drop`` multiplies each image by, drawn as torchvision draws it, or None."""
+    if not drop.training or drop.p == 0.0:
+        return None
+    keep = 1.0 - drop.p
+    dtype = autocast_dtype(x) or x.dtype
+    scale = torch.empty((x.shape[0], 1, 1, 1), dtype=dtype, device=x.device).bernoulli_(keep)
+    if keep > 0.0:
+        scale.div_(keep)
+    return scale.flatten()
+
+
+def module_refusal_named(name: str, module: Any) -> str | None:
     """``module_refusal`` with the module's name."""
     reason = module_refusal(module)
     return None if reason is None else f"{name} {reason}"
 
 
-def _stage_refusal(name: str, stage: nn.Module) -> str | None:
+def _stage_refusal(name: str, stage: Any) -> str | None:
     """Why ``stage`` is not a convolution, BN and a known activation and nothing else."""
     if type(stage) is not Conv2dNormActivation or len(stage) not in (2, 3):
         return f"{name} is a {type(stage).__name__}, not a convolution, norm and activation"
+    if type(stage[0]) is not nn.Conv2d:
+        return f"{name}.0 is a {type(stage[0]).__name__}, not a Conv2d"
+    return (
+        module_refusal_named(name, stage)
+        or module_refusal_named(f"{name}.0", stage[0])
+        or _norm_act_refusal(name, stage)
+    )
+
+
+def _norm_act_refusal(name: str, stage: Any) -> str | None:
+    """Why what follows the convolution of ``stage`` is not BN and a known activation."""
     conv, norm = stage[0], stage[1]
-    if type(conv) is not nn.Conv2d:
-        return f"{name}.0 is a {type(conv).__name__}, not a Conv2d"
     if type(norm) is not nn.BatchNorm2d:
         return f"{name}.1 is a {type(norm).__name__}, not a BatchNorm2d"
     if norm.num_features != conv.out_channels:
         return f"{name}.1 has {norm.num_features} channels, {name}.0 {conv.out_channels}"
     if len(stage) == 3 and type(stage[2]) not in _ACTIVATIONS:
         return f"{name}.2 is a {type(stage[2]).__name__}, which no kernel knows"
-    for part, module in ((name, stage), *((f"{name}.{i}", m) for i, m in enumerate(stage))):
-        reason = module_refusal_named(part, module)
+    for i, module in enumerate(stage):
+        reason = None if i == 0 else module_refusal_named(f"{name}.{i}", module)
         if reason is not None:
             return reason
     return None
 
 
-def _squeeze_excite_refusal(name: str, se: nn.Module) -> str | None:
+def _squeeze_excite_refusal(name: str, se: Any) -> str | None:
     if type(se) is not SqueezeExcitation:
         return f"{name} is a {type(se).__name__}, not a SqueezeExcitation"
     for part in ("fc1", "fc2"):
@@ -165,4 +206,7 @@ def _squeeze_excite_refusal(name: str, se: nn.Module) -> str | None:
     return module_refusal_named(f"{name}.avgpool", se.avgpool) or module_refusal_named(name, se)
 
 
-ADAPTERS: tuple[Adapter, ...] = (Adapter(MBConv, FusedTorchvisionMBConv, refusal),)
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(MBConv, FusedTorchvisionMBConv, refusal),
+    Adapter(Conv2dNormActivation, FusedConv2dNormActivation, conv_norm_refusal),
+)

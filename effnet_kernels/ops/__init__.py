@@ -2,11 +2,13 @@
 ops with their fakes and derivatives, and the table of the memory traffic.
 """
 
+from effnet_kernels.ops.batch_norm_act import BatchNormActOutput, batch_norm_act
 from effnet_kernels.ops.depthwise_conv_bn_act import (
     DepthwiseConvBnActOutput,
     depthwise_conv_bn_act,
 )
 from effnet_kernels.ops.mbconv import ConvBn, SqueezeExcite, mbconv
+from effnet_kernels.ops.mbconv_train import MbconvTrainOutput, mbconv_train
 from effnet_kernels.ops.pointwise_conv_bn_act import (
     PointwiseConvBnActOutput,
     pointwise_conv_bn_act,
@@ -15,13 +17,17 @@ from effnet_kernels.ops.prologue import Prologue
 from effnet_kernels.ops.squeeze_excite import squeeze_excite, squeeze_excite_gate
 
 __all__ = [
+    "BatchNormActOutput",
     "ConvBn",
     "DepthwiseConvBnActOutput",
+    "MbconvTrainOutput",
     "PointwiseConvBnActOutput",
     "Prologue",
     "SqueezeExcite",
+    "batch_norm_act",
     "depthwise_conv_bn_act",
     "mbconv",
+    "mbconv_train",
     "pointwise_conv_bn_act",
     "squeeze_excite",
     "squeeze_excite_gate",

@@ -69,8 +69,7 @@ def check_channel_vector(
         raise TypeError(f"{argument}: got dtype {tensor.dtype}, expected a floating-point dtype")
     if tensor.ndim != 1 or tensor.shape[0] != channels:
         raise ValueError(
-            f"{argument}: got shape {tuple(tensor.shape)}, "
-            f"expected ({channels},), {whose}"
+            f"{argument}: got shape {tuple(tensor.shape)}, expected ({channels},), {whose}"
         )
     check_same_device(argument, tensor, device)
 
@@ -93,9 +92,7 @@ def check_shape(
     check_same_device(argument, tensor, device)
 
 
-def check_pointwise_weight(
-    argument: str, weight: Tensor, input: Tensor, channels: int
-) -> Tensor:
+def check_pointwise_weight(argument: str, weight: Tensor, input: Tensor, channels: int) -> Tensor:
     """``weight``, a (K, ``channels``) matrix or 1x1 kernel of ``input``'s dtype, as a matrix.
 
     Raises:

@@ -2,8 +2,9 @@
 
 An op exists twice, with one schema, one fake and one derivative:
 
-*   ``torch.ops.effnet_kernels.<op>``: the compiled kernels. For CPU tensors ``csrc/cpu`` implements
-    it whole; for CUDA tensors it is allocation in Python around a kernel of ``csrc/cuda``.
+*   ``torch.ops.effnet_kernels.<op>``: the compiled kernels. For CUDA tensors it is allocation in
+    Python around kernels of ``csrc/cuda``; for CPU tensors ``csrc/cpu`` implements it whole, or it
+    is in Python around kernels of ``csrc/cpu``.
 *   ``torch.ops.effnet_kernels_triton.<op>``: Triton's, for CUDA tensors, and for CPU tensors in
     Triton's interpreter.
 """
@@ -23,7 +24,12 @@ _TRITON = torch.library.Library("effnet_kernels_triton", "DEF")
 
 
 def register(
-    name: str, schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    *,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    on_cpu: bool = False,
 ) -> dict[str, Any]:
     """Registers the functional op ``name`` in both namespaces.
 
@@ -32,6 +38,7 @@ def register(
         schema: arguments and results, as in ``(Tensor x) -> Tensor``.
         implementation: takes the name of a backend and the op's arguments, allocates the results
             and calls the backend's kernel.
+        on_cpu: ``implementation`` is for CPU tensors too; else ``csrc/cpu`` has one of its own.
         fake: takes the op's arguments and allocates only.
 
     Returns:
@@ -41,6 +48,8 @@ def register(
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     _COMPILED.impl(name, partial(implementation, backends.CUDA.name), "CUDA")
+    if on_cpu:
+        _COMPILED.impl(name, partial(implementation, backends.CPU.name), "CPU")
     for key in ("CPU", "CUDA"):
         _TRITON.impl(name, partial(implementation, backends.TRITON.name), key)
     compiled = getattr(torch.ops.effnet_kernels, name).default

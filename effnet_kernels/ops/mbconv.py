@@ -1,7 +1,7 @@
 r"""The MBConv block (inverted residual with squeeze-and-excitation) in inference, as one op.
 
     e = act(bn(expand_weight @ input))            1x1, C_in to C channels, C about 6 times as wide
-    d = act(bn(depthwise_conv(e)))                k x k, stride 1 or 2; its sums over pixels are kept
+    d = act(bn(depthwise_conv(e)))                k x k, stride 1 or 2; pooled on the way
     gate = g(excite_weight @ a(reduce_weight @ mean(d)))
     output = bn(project_weight @ (d * gate)) + input
 
@@ -65,8 +65,8 @@ class ConvBn(NamedTuple):
     Attributes:
         weight: (K, C, 1, 1) or (K, C) of expand and project, (C, 1, k, k) of the depthwise
             convolution; the input's dtype.
-        running_mean: (K,).
-        running_var: (K,), biased.
+        running_mean: (K,); None is for ``mbconv_train`` with batch statistics.
+        running_var: (K,), biased; likewise.
         bn_weight: (K,) or None for ones.
         bn_bias: (K,) or None for zeros.
         eps: added to the variance.
@@ -74,8 +74,8 @@ class ConvBn(NamedTuple):
     """
 
     weight: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
     bn_weight: Tensor | None = None
     bn_bias: Tensor | None = None
     eps: float = 1e-5
@@ -154,39 +154,13 @@ def mbconv(
                 input.to(low), expand, depthwise, squeeze_excite, project, stride, padding
             )
             if block.shape != input.shape:
-                raise _no_residual(input, tuple(block.shape))
+                raise no_residual(input, tuple(block.shape))
             return block + input
         input = input.to(low)
-        expand, depthwise, project = (
-            conv._replace(weight=conv.weight.to(low))
-            if isinstance(conv, ConvBn) and isinstance(conv.weight, Tensor)
-            else conv
-            for conv in (expand, depthwise, project)
-        )
-    channels = input.shape[1]
-    if expand is not None:
-        _check_pointwise("expand", expand, input, channels)
-        channels = expand.weight.shape[0]
-    _check_conv_bn("depthwise", depthwise)
-    check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels)
-    _check_bn("depthwise", depthwise, channels, input.device)
-    stride = check_stride(stride)
-    pads = check_padding(padding, input, depthwise.weight.shape[2], stride)
-    if squeeze_excite is not None:
-        if not isinstance(squeeze_excite, SqueezeExcite):
-            raise TypeError(
-                f"squeeze_excite: got {type(squeeze_excite).__name__}, expected a SqueezeExcite "
-                "or None"
-            )
-        check_squeeze_excite_weights(*squeeze_excite[:4], channels, input.device)
-        squeeze_excite_codes(*squeeze_excite[4:])
-    _check_pointwise("project", project, input, channels)
-    features = project.weight.shape[0]
-    n, _, height, width = input.shape
-    out_h, out_w = output_hw(input, depthwise.weight, stride, pads)
-    if residual and (features, out_h, out_w) != (input.shape[1], height, width):
-        raise _no_residual(input, (n, features, out_h, out_w))
-
+        expand, depthwise, project = to_autocast(low, expand, depthwise, project)
+    stride, pads, _ = check_block(
+        input, expand, depthwise, squeeze_excite, project, stride, padding, residual
+    )
     backend = backends.select(OP, input)
     if backend == backends.EAGER:
         return reference(
@@ -194,27 +168,28 @@ def mbconv(
         )
     result = _OPS[backend](
         input.contiguous(memory_format=torch.channels_last),
-        *_kernel_conv_bn(expand, input),
-        *_kernel_conv_bn(depthwise, input),
+        *kernel_conv_bn(expand, input),
+        *kernel_conv_bn(depthwise, input),
         stride,
         pads,
-        *_kernel_squeeze_excite(squeeze_excite, input),
-        *_kernel_conv_bn(project, input),
+        *kernel_squeeze_excite(squeeze_excite, input),
+        *kernel_conv_bn(project, input),
         residual,
         allows_tf32(input),
     )
     return result  # type: ignore[no-any-return]
 
 
-def _no_residual(input: Tensor, shape: tuple[int, ...]) -> ValueError:
+def no_residual(input: Tensor, shape: tuple[int, ...]) -> ValueError:
+    """The error where the input cannot be added to an output of ``shape``."""
     return ValueError(
         f"residual: got True, expected False where the output has shape {shape} and the input "
         f"{tuple(input.shape)}"
     )
 
 
-_NO_CONV = (None, None, None, None, None, 0.0, 0)
-_NO_SQUEEZE_EXCITE = (None, None, None, None, 0, _CODES["sigmoid"])
+NO_CONV = (None, None, None, None, None, 0.0, 0)
+NO_SQUEEZE_EXCITE = (None, None, None, None, 0, _CODES["sigmoid"])
 
 
 def _as_given(
@@ -238,13 +213,13 @@ def _as_given(
         )
         result = _OPS[backends.CPU.name](
             input,
-            *(_NO_CONV if expand is None else (*expand[:6], _CODES[expand.activation])),
+            *(NO_CONV if expand is None else (*expand[:6], _CODES[expand.activation])),
             *depthwise[:6],
             _CODES[depthwise.activation],
             stride,
             pads,
             *(
-                _NO_SQUEEZE_EXCITE
+                NO_SQUEEZE_EXCITE
                 if squeeze_excite is None
                 else (
                     *squeeze_excite[:4],
@@ -295,21 +270,81 @@ def reference(
     return x + input if residual else x
 
 
+def to_autocast(low: torch.dtype, *convs: ConvBn | None) -> tuple[Any, ...]:
+    """``convs`` with their weights in ``low``; what is no ``ConvBn`` stays for the checks."""
+    return tuple(
+        conv._replace(weight=conv.weight.to(low))
+        if isinstance(conv, ConvBn) and isinstance(conv.weight, Tensor)
+        else conv
+        for conv in convs
+    )
+
+
+def check_block(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int,
+    padding: int | str | Sequence[int],
+    residual: bool,
+    *,
+    statistics: bool = True,
+) -> tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """The arguments of ``mbconv`` are right; ``statistics``: running ones are needed.
+
+    Returns:
+        The stride, the padding as (top, left, bottom, right), and the output's shape.
+
+    Raises:
+        TypeError, ValueError: as ``mbconv``.
+    """
+    channels = input.shape[1]
+    if expand is not None:
+        _check_pointwise("expand", expand, input, channels, statistics)
+        channels = expand.weight.shape[0]
+    _check_conv_bn("depthwise", depthwise)
+    check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels)
+    _check_bn("depthwise", depthwise, channels, input.device, statistics)
+    stride = check_stride(stride)
+    pads = check_padding(padding, input, depthwise.weight.shape[2], stride)
+    if squeeze_excite is not None:
+        if not isinstance(squeeze_excite, SqueezeExcite):
+            raise TypeError(
+                f"squeeze_excite: got {type(squeeze_excite).__name__}, expected a SqueezeExcite "
+                "or None"
+            )
+        check_squeeze_excite_weights(*squeeze_excite[:4], channels, input.device)
+        squeeze_excite_codes(*squeeze_excite[4:])
+    _check_pointwise("project", project, input, channels, statistics)
+    n, in_channels, height, width = input.shape
+    out_h, out_w = output_hw(input, depthwise.weight, stride, pads)
+    shape = (n, project.weight.shape[0], out_h, out_w)
+    if residual and shape != (n, in_channels, height, width):
+        raise no_residual(input, shape)
+    return stride, pads, shape
+
+
 def _check_conv_bn(argument: str, conv: ConvBn) -> None:
     if not isinstance(conv, ConvBn):
         raise TypeError(f"{argument}: got {type(conv).__name__}, expected a ConvBn")
 
 
-def _check_pointwise(argument: str, conv: ConvBn, input: Tensor, channels: int) -> None:
+def _check_pointwise(
+    argument: str, conv: ConvBn, input: Tensor, channels: int, statistics: bool
+) -> None:
     _check_conv_bn(argument, conv)
     checks.check_pointwise_weight(f"{argument}.weight", conv.weight, input, channels)
-    _check_bn(argument, conv, conv.weight.shape[0], input.device)
+    _check_bn(argument, conv, conv.weight.shape[0], input.device, statistics)
 
 
-def _check_bn(argument: str, conv: ConvBn, channels: int, device: torch.device) -> None:
+def _check_bn(
+    argument: str, conv: ConvBn, channels: int, device: torch.device, statistics: bool
+) -> None:
     for name in ("running_mean", "running_var", "bn_weight", "bn_bias"):
         vector = getattr(conv, name)
-        if vector is None and name.startswith("running"):
+        if vector is None and statistics and name.startswith("running"):
             raise TypeError(f"{argument}.{name}: got None, expected a Tensor")
         checks.check_channel_vector(
             f"{argument}.{name}", vector, channels, device, f"the rows of {argument}.weight"
@@ -318,9 +353,10 @@ def _check_bn(argument: str, conv: ConvBn, channels: int, device: torch.device) 
     activation_code(f"{argument}.activation", conv.activation)
 
 
-def _kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> tuple[Any, ...]:
+def kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> tuple[Any, ...]:
+    """A convolution as the functional ops take it."""
     if conv is None:
-        return _NO_CONV
+        return NO_CONV
     return (
         conv.weight.contiguous(),
         *(checks.kernel_vector(vector, input) for vector in conv[1:5]),
@@ -329,9 +365,10 @@ def _kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _kernel_squeeze_excite(squeeze_excite: SqueezeExcite | None, input: Tensor) -> tuple[Any, ...]:
+def kernel_squeeze_excite(squeeze_excite: SqueezeExcite | None, input: Tensor) -> tuple[Any, ...]:
+    """Squeeze-and-excitation as the functional ops take it."""
     if squeeze_excite is None:
-        return _NO_SQUEEZE_EXCITE
+        return NO_SQUEEZE_EXCITE
     return (
         *kernel_weights(squeeze_excite[:4], input.dtype),
         _CODES[squeeze_excite.activation],
@@ -352,10 +389,11 @@ def _empty_output(
     padding: Sequence[int],
 ) -> Tensor:
     height, width = output_hw(input, depthwise_weight, stride, padding)
-    return _empty_image(input, project_weight.shape[0], height, width)
+    return empty_image(input, project_weight.shape[0], height, width)
 
 
-def _empty_image(input: Tensor, channels: int, height: int, width: int) -> Tensor:
+def empty_image(input: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """A channels-last image like ``input``, but for its channels and size; not initialised."""
     return torch.empty(
         (input.shape[0], channels, height, width),
         dtype=input.dtype,
@@ -387,7 +425,7 @@ def _inference(
     n, _, height, width = input.shape
     channels = depthwise_weight.shape[0]
     out_h, out_w = output.shape[2:]
-    depthwise = _empty_image(input, channels, out_h, out_w)
+    depthwise = empty_image(input, channels, out_h, out_w)
     values = torch.empty(
         (2, n, channels) if reduce_weight is not None else (0,),
         dtype=checks.accumulator(input),
@@ -412,17 +450,15 @@ def _inference(
     else:
         expanded = input
         if expand_weight is not None:
-            expanded = _empty_image(input, channels, height, width)
+            expanded = empty_image(input, channels, height, width)
             backends.kernel(backend, "pointwise_conv_bn_act_out")(
                 input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None
             )
         backends.kernel(backend, "depthwise_conv_bn_act_out")(
             expanded, *depthwise_bn, *geometry, None, None, 0, depthwise, pooled
         )
-    if reduce_weight is not None:
-        hidden = torch.empty(
-            (n, reduce_weight.shape[0]), dtype=values.dtype, device=input.device
-        )
+    if reduce_weight is not None and excite_weight is not None:
+        hidden = torch.empty((n, reduce_weight.shape[0]), dtype=values.dtype, device=input.device)
         backends.kernel(backend, "squeeze_excite_gate_out")(
             pooled, out_h * out_w, reduce_weight.flatten(1), reduce_bias, excite_weight.flatten(1),
             excite_bias, se_activation, gate_activation, hidden, gate,

@@ -84,9 +84,7 @@ def expand_seconds(
 
     def launch(elements: float, product: float, vector: float, activations: float) -> float:
         compute = (
-            product / MATMUL_RATE[itemsize]
-            + vector / VECTOR_RATE
-            + activations / ACTIVATION_RATE
+            product / MATMUL_RATE[itemsize] + vector / VECTOR_RATE + activations / ACTIVATION_RATE
         )
         return LAUNCH + max(elements * itemsize / BANDWIDTH, compute)
 

@@ -121,15 +121,15 @@ def pointwise_conv_bn_act(
     n, channels, height, width = input.shape
     weight = checks.check_pointwise_weight("weight", weight, input, channels)
     features = weight.shape[0]
-    for argument, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        if vector is None:
-            raise TypeError(f"{argument}: got None, expected a Tensor")
-    for argument, vector in (
+    vectors: tuple[tuple[str, Tensor | None], ...] = (
         ("running_mean", running_mean),
         ("running_var", running_var),
         ("bn_weight", bn_weight),
         ("bn_bias", bn_bias),
-    ):
+    )
+    for argument, vector in vectors:
+        if vector is None and argument.startswith("running"):
+            raise TypeError(f"{argument}: got None, expected a Tensor")
         checks.check_channel_vector(argument, vector, features, device, "the rows of weight")
     checks.check_eps("eps", eps)
     code = int(activation_code("activation", activation))
@@ -179,8 +179,8 @@ def allows_tf32(input: Tensor) -> bool:
 def reference(
     input: Tensor,
     weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     eps: float,
@@ -202,19 +202,18 @@ def reference(
     autocast = torch.amp.is_autocast_available(device)  # the meta device, for one, has none
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         y = F.conv2d(x, weight.flatten(1)[:, :, None, None])
-        vectors = (running_mean, running_var, bn_weight, bn_bias)
-        if y.dtype == torch.float64:  # batch_norm takes no mixture with float64
-            vectors = tuple(None if t is None else t.double() for t in vectors)
-        mean, var, bn_weight, bn_bias = vectors
+        mean, var, bn_weight, bn_bias = (
+            # batch_norm takes no mixture with float64
+            t.double() if t is not None and y.dtype == torch.float64 else t
+            for t in (running_mean, running_var, bn_weight, bn_bias)
+        )
         y = EAGER[Activation[activation]](
             F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
         )
         if residual is not None:
             y = y + residual
     y = y.contiguous(memory_format=torch.channels_last)
-    return PointwiseConvBnActOutput(
-        y, y.sum((2, 3), dtype=checks.accumulator(y)) if pool else None
-    )
+    return PointwiseConvBnActOutput(y, y.sum((2, 3), dtype=checks.accumulator(y)) if pool else None)
 
 
 # --------------------------------------------------------------------------------------------------

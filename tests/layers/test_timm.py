@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 
 import effnet_kernels
 from effnet_kernels import convert, report
-from effnet_kernels.layers.timm import inference_refusal, squeeze_excite_refusal
+from effnet_kernels.layers.timm import squeeze_excite_refusal, whole_refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +75,7 @@ def assert_same(stock: Block, fused: Block, x: torch.Tensor, *, fused_calls: int
         with Calls() as calls:
             ours = run(fused, x, training)
         # One of the two runs is without gradients.
-        assert calls.whole == (fused_calls if inference_refusal(fused) is None else 0)
+        assert calls.whole == (fused_calls if whole_refusal(fused) is None else 0)
         assert calls.fused == 2 * fused_calls
         gated = hasattr(stock, "se") and type(stock.se) is SqueezeExcite
         assert calls.gated == (2 * fused_calls - calls.whole if gated else 0)

@@ -169,8 +169,6 @@ def test_empty(shape: tuple[int, ...], kernel_backend: str) -> None:
     assert results["pooled"].shape == (shape[0], 4) and not results["pooled"].any()
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
