@@ -1,7 +1,8 @@
 """Calls one backend's kernels on the GPU, for compute-sanitizer and ncu to watch.
 
-``small`` goes through kernel sizes, strides, odd shapes, dtypes and options on a few pixels;
-``model`` runs EfficientNet-B0's depthwise convolutions in inference, and the first in training.
+``small`` goes through ops, kernel sizes, strides, odd shapes, dtypes and options on a few pixels;
+``model`` runs EfficientNet-B0's blocks and depthwise convolutions in inference, and the first in
+training.
 """
 
 from __future__ import annotations
@@ -9,24 +10,50 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from effnet_kernels import backends, use_backend
-from effnet_kernels.bench import shapes
+from effnet_kernels.bench import (
+    batch_norm_act,
+    kernels,
+    mbconv,
+    pointwise_conv_bn_act,
+    shapes,
+    squeeze_excite,
+)
 from effnet_kernels.ops import Prologue, depthwise_conv_bn_act
+from effnet_kernels.ops.mbconv_cost import fuse_expand
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODEL = "efficientnet_b0"
 
 
-def call(
+def call(suite: Any, shape: Any, batch: int, dtype: torch.dtype, mode: str, device: str) -> None:
+    """Our block of a suite, once, with its backward if the mode has one."""
+    problem = suite.Problem(shape, batch, dtype, mode)
+    where = torch.device(device)
+    block = suite.OurBlock(problem, where)
+    block.prepare()
+    with torch.set_grad_enabled(problem.training):
+        kernels.caller(block, None)(kernels.inputs_of(problem, where))
+
+
+def call_depthwise(
     batch: int, channels: int, size: int, kernel: int, stride: int, dtype: torch.dtype,
-    *, training: bool, options: bool,
+    device: str, *, training: bool, options: bool,
 ) -> None:  # fmt: skip
-    """One forward pass, and the backward in training; with pool and prologue if ``options``."""
-    image = torch.randn(batch, channels, size, size, device="cuda").to(dtype)
+    """The depthwise op, once, with its backward in training; with pool and prologue if ``options``.
+
+    Padded as TensorFlow does it.
+    """
+    image = torch.randn(batch, channels, size, size, device=device).to(dtype)
     image = image.contiguous(memory_format=torch.channels_last).requires_grad_(training)
-    weight = torch.randn(channels, 1, kernel, kernel, device="cuda").to(dtype)
+    weight = torch.randn(channels, 1, kernel, kernel, device=device).to(dtype)
     weight.requires_grad_(training)
-    ones = torch.ones(channels, device="cuda")
+    ones = torch.ones(channels, device=device)
     result = depthwise_conv_bn_act(
         image, weight, ones * 0, ones, ones, ones, stride, "same", training=training,
         pool=options, prologue=Prologue(ones, ones, "silu") if options else None,
@@ -35,22 +62,58 @@ def call(
         result.output.float().square().mean().backward()
 
 
-def small() -> None:
+def small_problems() -> Iterator[tuple[Any, Any, str]]:
+    """(suite, shape, mode) of all but the depthwise op: channels that no vector divides, images
+    that no tile does.
+    """
+    for kernel, stride in ((3, 1), (5, 2), (7, 1)):
+        for channels, expanded, out_channels, size in ((5, 13, 5, 9), (8, 40, 16, 17)):
+            residual = stride == 1 and channels == out_channels
+            geometry = (size, kernel, stride, residual)
+            for mode in mbconv.MODES:
+                block = shapes.Mbconv(MODEL, channels, expanded, out_channels, 3, *geometry)
+                yield mbconv, block, mode
+    for mode in mbconv.MODES:  # without an expansion
+        yield mbconv, shapes.Mbconv(MODEL, 12, 12, 12, 2, 11, 3, 1, True), mode
+    for channels, features, size in ((13, 7, 9), (40, 136, 5)):
+        for role in pointwise_conv_bn_act.MODES:
+            options = (role == "project",) * 2
+            convolution = shapes.Pointwise(MODEL, role, channels, features, size, *options)
+            yield pointwise_conv_bn_act, convolution, role
+    for channels, size in ((13, 9), (40, 5)):
+        for mode in squeeze_excite.MODES:
+            yield squeeze_excite, shapes.SqueezeExcite(MODEL, channels, 3, size), mode
+        for mode in batch_norm_act.MODES:
+            residual = mode.endswith("residual")
+            yield batch_norm_act, shapes.Norm(MODEL, channels, size, "silu", residual), mode
+
+
+def small(device: str) -> None:
     """Little of everything."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    grid = itertools.product((3, 5, 7), (1, 2), ((1, 13, 7), (2, 24, 17), (1, 72, 9)), dtypes)
+    grid = itertools.product((3, 5, 7), (1, 2), ((1, 13, 7), (2, 24, 17), (1, 72, 9)), DTYPES)
     for kernel, stride, (batch, channels, size), dtype in grid:
         for training, options in itertools.product((False, True), repeat=2):
-            call(batch, channels, size, kernel, stride, dtype, training=training, options=options)
+            call_depthwise(
+                batch, channels, size, kernel, stride, dtype, device, training=training,
+                options=options,
+            )  # fmt: skip
+    for (suite, shape, mode), dtype in itertools.product(small_problems(), DTYPES):
+        for fused in (True, False) if (suite, mode) == (mbconv, "inference") else (None,):
+            with fuse_expand(fused):
+                call(suite, shape, 2, dtype, mode, device)
 
 
-def model(batch: int) -> None:
-    """The depthwise convolutions of EfficientNet-B0 in bfloat16."""
-    of_model = shapes.depthwise_shapes("efficientnet_b0")
-    for training, chosen in ((False, of_model), (True, of_model[:4])):
-        for shape in chosen:
-            call(
-                batch, shape.channels, shape.size, shape.kernel, shape.stride, torch.bfloat16,
+def model(batch: int, device: str) -> None:
+    """EfficientNet-B0's blocks and depthwise convolutions in bfloat16."""
+    blocks = shapes.mbconv_shapes(MODEL)
+    convolutions = shapes.depthwise_shapes(MODEL)
+    for training in (False, True):
+        for block in blocks[:2] if training else blocks:
+            mode = "training" if training else "inference"
+            call(mbconv, block, batch, torch.bfloat16, mode, device)
+        for s in convolutions[:4] if training else convolutions:
+            call_depthwise(
+                batch, s.channels, s.size, s.kernel, s.stride, torch.bfloat16, device,
                 training=training, options=True,
             )  # fmt: skip
 
@@ -72,9 +135,9 @@ def main() -> int:
     torch.manual_seed(0)
     with use_backend(arguments.backend):
         if arguments.what == "small":
-            small()
+            small("cuda")
         else:
-            model(arguments.batch)
+            model(arguments.batch, "cuda")
     torch.cuda.synchronize()
     print("done")
     return 0

@@ -7,13 +7,14 @@
 # A part that fails is reported and does not stop the others; the exit status is 1 if any did.
 # Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
 # compute-sanitizer, for ncu ncu. Logs, JSON and plots go to $OUT, or benchmarks/results/<device>.
-# KERNELS_ARGS and MODELS_ARGS replace the options of the two benchmarks.
+# KERNELS are the ops to measure, all unless given (KERNELS="mbconv squeeze_excite"); KERNELS_ARGS
+# and MODELS_ARGS replace the options of the benchmarks.
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 
 readonly PARTS=(build tests sanitize kernels models ncu)
 # Seconds; together with the start less than 10 minutes.
-declare -rA LIMITS=([build]=140 [tests]=100 [sanitize]=40 [kernels]=170 [models]=75 [ncu]=40)
+declare -rA LIMITS=([build]=140 [tests]=100 [sanitize]=45 [kernels]=185 [models]=75 [ncu]=40)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -63,11 +64,36 @@ part_sanitize() {
   return "$status"
 }
 
+# Measures an op in a share, in hundredths, of what time the part has left; options follow.
+measure() {
+  local share=$1 op=$2
+  shift 2
+  if [[ " ${KERNELS:-$op} " != *" $op "* ]]; then return; fi
+  local PART_END=$((SECONDS + (PART_END - SECONDS) * share / 100))
+  echo "== $op"
+  limited python3 "benchmarks/kernels/$op.py" --out "$OUT" "$@"
+}
+
 part_kernels() {
-  local args=(--models efficientnet_b0 --modes inference training --dtypes bfloat16 --batch 256
-    --caches warm --seconds 0.15 --only compile cuda triton)
-  if [[ -n ${KERNELS_ARGS:-} ]]; then read -ra args <<<"$KERNELS_ARGS"; fi
-  limited python3 benchmarks/kernels/depthwise_conv_bn_act.py --out "$OUT" "${args[@]}"
+  local status=0 op args
+  if [[ -n ${KERNELS_ARGS:-} ]]; then
+    read -ra args <<<"$KERNELS_ARGS"
+    for op in mbconv depthwise_conv_bn_act pointwise_conv_bn_act squeeze_excite batch_norm_act; do
+      measure 100 "$op" "${args[@]}" || status=$?
+    done
+    return "$status"
+  fi
+  args=(--models efficientnet_b0 --dtypes bfloat16 --batch 256 --caches warm --seconds 0.1 --quiet)
+  # Beside whole blocks in inference also torch.compile, which takes seconds for each.
+  measure 35 mbconv "${args[@]}" --modes inference --only compile cuda triton || status=$?
+  measure 35 mbconv "${args[@]}" --modes training --only cuda triton \
+    --name kernels-mbconv-training || status=$?
+  measure 40 depthwise_conv_bn_act "${args[@]}" --modes inference training \
+    --only cuda triton || status=$?
+  measure 35 pointwise_conv_bn_act "${args[@]}" --only cuda triton || status=$?
+  measure 50 squeeze_excite "${args[@]}" --only cuda triton || status=$?
+  measure 100 batch_norm_act "${args[@]}" --only cuda triton || status=$?
+  return "$status"
 }
 
 part_models() {
@@ -79,7 +105,9 @@ part_models() {
 
 part_ncu() {
   need ncu || return
-  limited ncu --clock-control none --kernel-name "regex:depthwise_conv|batch_norm_act|batch_statistics|reduce_partials" --launch-count 60 \
+  local ours="depthwise_conv|expand_depthwise|pointwise_conv|squeeze_excite|channel_s"
+  ours+="|batch_norm_act|batch_statistics|reduce_partials"
+  limited ncu --clock-control none --kernel-name "regex:$ours" --launch-count 80 \
     --section SpeedOfLight --section LaunchStats --section Occupancy --csv --page details \
     --log-file "$OUT/ncu.csv" python3 benchmarks/exercise.py model --backend cuda || return
   python3 - "$OUT/ncu.csv" <<'PYTHON'

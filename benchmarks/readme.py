@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent.parent
 OURS = ("cuda", "triton", "cpu")
 _MARKS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 _WHAT = {
+    "kernels-mbconv": "{model}'s MBConv blocks",
     "kernels-depthwise_conv_bn_act": "{model}'s depthwise conv + BN + Swish",
+    "kernels-pointwise_conv_bn_act": "{model}'s 1x1 conv + BN",
+    "kernels-squeeze_excite": "{model}'s squeeze-and-excitation",
+    "kernels-batch_norm_act": "{model}'s BN + Swish",
     "models-efficientnet": "{model} whole, converted",
 }
 

@@ -1,15 +1,18 @@
-"""The kernels under pytest-benchmark: pytest benchmarks --benchmark-only -k "b0 and training"."""
+"""The kernels under pytest-benchmark: pytest benchmarks --benchmark-only -k "mbconv and training".
+
+Each op's suite at EfficientNet-B0's shapes.
+"""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
 import torch
 
 from effnet_kernels import use_backend
-from effnet_kernels.bench import command, depthwise_conv_bn_act, peers, shapes
-from effnet_kernels.bench.depthwise_conv_bn_act import MODES, Problem
+from effnet_kernels.bench import command, models, peers
 
 DEVICE = command.default_device()
 DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
@@ -17,21 +20,29 @@ BATCH = 128 if DEVICE.type == "cuda" else 8
 CONTENDERS = ["eager", "compile", *peers.our_backends(DEVICE, torch.float32)]
 
 
+def problems() -> list[Any]:
+    """Every kernel suite's, with its suite."""
+    found = []
+    for suite in command.SUITES.values():
+        if suite is models:
+            continue
+        options = argparse.Namespace(
+            models=["efficientnet_b0"], dtypes=DTYPES, modes=suite.MODES, batch=[BATCH]
+        )
+        op = suite.NAME.removeprefix("kernels-")
+        found += [
+            pytest.param(suite, problem, id=f"{op} b0 {problem}".replace(" ", "-"))
+            for problem in suite.problems(options)
+        ]
+    return found
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    "shape",
-    shapes.depthwise_shapes("efficientnet_b0"),
-    ids=lambda shape: f"b0-{shape}".replace(" ", "-"),
-)
-def test_depthwise_conv_bn_act(
-    benchmark: Any, shape: shapes.Depthwise, dtype: torch.dtype, mode: str, contender: str
-) -> None:
+@pytest.mark.parametrize(("suite", "problem"), problems())
+def test_kernels(benchmark: Any, suite: Any, problem: Any, contender: str) -> None:
     """Times one contender, where its numbers are right."""
-    problem = Problem(shape, BATCH, dtype, mode)
-    benchmark.group = str(problem)
-    match = depthwise_conv_bn_act.match(problem, DEVICE, only=[contender])
+    benchmark.group = f"{suite.NAME} {problem}"
+    match = suite.match(problem, DEVICE, only=[contender])
     row = next(row for row in match.check() if row.contender == contender)
     assert row.failed is None, row.failed
     assert not row.wrong, f"error {row.excess:.2f} times what the rule allows"

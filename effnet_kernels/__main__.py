@@ -21,7 +21,8 @@ _EXAMPLES = """\
 examples:
   effnet-kernels info                       which backends run here, and why others do not
   effnet-kernels convert efficientnet_b4    what convert() would replace in a timm model
-  effnet-kernels bench kernels              the kernels beside eager PyTorch and torch.compile
+  effnet-kernels bench kernels              the depthwise op beside eager PyTorch, torch.compile
+  effnet-kernels bench mbconv               likewise whole blocks, or another op
   effnet-kernels bench models --batch 1 8   whole models, stock and converted
 """
 _CONVERT_EXAMPLES = """\
@@ -33,8 +34,14 @@ _BENCH_EXAMPLES = """\
 examples:
   effnet-kernels bench kernels --batch 8 --dtypes float32
   effnet-kernels bench kernels --models efficientnetv2_s --modes training --only compile cpu
+  effnet-kernels bench mbconv --batch 1 8 --modes inference
   effnet-kernels bench models --models efficientnet_b0@224 --modes inference --batch 1 8 --out runs
 """
+
+SUITES = (
+    "kernels", "mbconv", "pointwise_conv_bn_act", "squeeze_excite", "batch_norm_act", "models",
+)  # fmt: skip
+"""What ``bench`` takes: the names of ``bench.command.SUITES``."""
 
 
 class CommandError(Exception):
@@ -66,9 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_BENCH_EXAMPLES, formatter_class=formatter,
     )  # fmt: skip
     # What a suite can do is known to the suite, which takes long to import: only when asked for.
-    bench.add_argument("suite", choices=("kernels", "models"))
     bench.add_argument(
-        "options", nargs=argparse.REMAINDER, help="the suite's: see bench kernels --help"
+        "suite", choices=SUITES, metavar="SUITE",
+        help=f"of {', '.join(SUITES)}; kernels: those of the depthwise op",
+    )  # fmt: skip
+    bench.add_argument(
+        "options", nargs=argparse.REMAINDER, help="the suite's: see bench SUITE --help"
     )
     bench.set_defaults(run=_bench)
     return parser

@@ -40,9 +40,11 @@ _BLOCKS = {
     "torchvision.models.mobilenetv3": ("InvertedResidual",),
 }
 
-# What of a model outside its blocks is taken: by the model's class, the paths of its stem and head.
+# What of a model outside its blocks is taken: by the model's class, the paths of its stem and head;
+# "" is the model, which runs its head's convolution with its BN.
 _ENDS = {
-    ("timm.models.efficientnet", "EfficientNet"): ("bn1", "bn2"),
+    ("timm.models.efficientnet", "EfficientNet"): ("", "bn1", "bn2"),
+    ("effnet_kernels.layers.timm", "FusedEfficientNet"): ("", "bn1", "bn2"),
     ("timm.models.efficientnet", "EfficientNetFeatures"): ("bn1",),
     ("timm.models.mobilenetv3", "MobileNetV3"): ("bn1",),
     ("timm.models.mobilenetv3", "MobileNetV3Features"): ("bn1",),
@@ -208,7 +210,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _descendant(module: nn.Module, path: str) -> list[nn.Module]:
     """The module at ``path``, which may count children from the end, if it is there."""
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         children = dict(module.named_children())
         if name.startswith("-") and len(children) >= -int(name):
             module = list(children.values())[int(name)]

@@ -31,6 +31,16 @@ class Calls(TorchDispatchMode):
         return self._forward("mbconv", "mbconv_train")
 
     @property
+    def normalised(self) -> int:
+        """Forward calls of BN + activation by itself."""
+        return self._forward("batch_norm_act")
+
+    @property
+    def pointwise(self) -> int:
+        """Forward calls of the pointwise op by itself."""
+        return self._forward("pointwise_conv_bn_act")
+
+    @property
     def gated(self) -> int:
         """Forward calls of squeeze-and-excitation by itself."""
         return self._forward("squeeze_excite")

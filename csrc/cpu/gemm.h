@@ -24,7 +24,7 @@ template <class S, int N>
 constexpr int kTileRows = N == 1 ? kTileRows<S, 2> : (S::registers - N - 1) / N;
 // Channels that are summed one after the other before they are added to the rest: the error of a
 // long sum grows with its length.
-constexpr int kDepthBlock = 256;
+constexpr int kDepthBlock = 64;
 
 // Vectors of the last of `panels` panels of a matrix with `channels` rows, or of any other.
 template <class S>

@@ -7,22 +7,6 @@
 
 namespace effnet::cuda {
 
-// What normalisation does to one channel: d = z - mean, u = d * scale + bias. Subtracting the mean
-// first keeps the digits of z when |mean| is much larger than the standard deviation.
-struct ChannelNorm {
-  float mean, invstd, scale, bias;
-};
-
-template <class T>
-EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
-  ChannelNorm norm;
-  norm.mean = channel_value<T>(bn.mean, channel, 0.f);
-  norm.invstd = 1.f / sqrtf(channel_value<T>(bn.var, channel, 1.f) + static_cast<float>(bn.eps));
-  norm.scale = norm.invstd * channel_value<T>(bn.weight, channel, 1.f);
-  norm.bias = channel_value<T>(bn.bias, channel, 0.f);
-  return norm;
-}
-
 // count, mean and M2 (the sum of squared deviations from the mean) of a set of values.
 struct Moments {
   double count = 0., mean = 0., m2 = 0.;

@@ -1,30 +1,14 @@
 // The CUDA kernels of the depthwise op, as PyTorch calls them: checks, then the launches of the
 // tensors' type.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
 #include "../ops.h"
 #include "depthwise_conv_bn_act.h"
+#include "row_launches.cuh"
 
 namespace effnet::cuda {
 namespace {
-
-// Calls body(DepthwiseLaunches<T>{}) for the type of `dtype`.
-template <class Body>
-void for_type(const char* op, Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(DepthwiseLaunches<float>{});
-    case Dtype::float16:
-      return body(DepthwiseLaunches<__half>{});
-    case Dtype::bfloat16:
-      return body(DepthwiseLaunches<__nv_bfloat16>{});
-    case Dtype::float64:
-      STD_TORCH_CHECK(false, op, ": float64 is not supported on CUDA tensors");
-  }
-}
 
 void depthwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor var,
                                OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
@@ -35,8 +19,9 @@ void depthwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor 
   const DepthwiseInference a = check_depthwise_inference(
       input, weight, mean, var, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation,
       prologue_scale, prologue_shift, prologue_activation, output, pooled);
-  for_type("depthwise_conv_bn_act_out", a.dtype,
-           [&](auto launches) { launches.inference(a, input); });
+  for_type("depthwise_conv_bn_act_out", a.dtype, [&](auto type) {
+    DepthwiseLaunches<typename decltype(type)::type>::inference(a, input);
+  });
 }
 
 void depthwise_conv_bn_act_train_out(Tensor input, Tensor weight, OptionalTensor bn_weight,
@@ -44,13 +29,14 @@ void depthwise_conv_bn_act_train_out(Tensor input, Tensor weight, OptionalTensor
                                      int64_t pad_top, int64_t pad_left, int64_t activation,
                                      OptionalTensor prologue_scale, OptionalTensor prologue_shift,
                                      int64_t prologue_activation, bool batch_stats, Tensor conv,
-                                     Tensor mean, Tensor var, Tensor output,
+                                     Tensor mean, Tensor var, OptionalTensor output,
                                      OptionalTensor pooled) {
   const DepthwiseTraining a = check_depthwise_training(
       input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation, prologue_scale,
       prologue_shift, prologue_activation, batch_stats, conv, mean, var, output, pooled);
-  for_type("depthwise_conv_bn_act_train_out", a.dtype,
-           [&](auto launches) { launches.training(a, input); });
+  for_type("depthwise_conv_bn_act_train_out", a.dtype, [&](auto type) {
+    DepthwiseLaunches<typename decltype(type)::type>::training(a, input);
+  });
 }
 
 void depthwise_conv_bn_act_backward_out(
@@ -66,8 +52,9 @@ void depthwise_conv_bn_act_backward_out(
       input, weight, stride, pad_top, pad_left, prologue_scale, prologue_shift, prologue_activation,
       grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
       grad_prologue_shift);
-  for_type("depthwise_conv_bn_act_backward_out", a.dtype,
-           [&](auto launches) { launches.backward(a, input); });
+  for_type("depthwise_conv_bn_act_backward_out", a.dtype, [&](auto type) {
+    DepthwiseLaunches<typename decltype(type)::type>::backward(a, input);
+  });
 }
 
 }  // namespace

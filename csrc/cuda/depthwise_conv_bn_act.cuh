@@ -30,13 +30,13 @@
 #pragma once
 
 #include "batch_norm_act.cuh"
+#include "depthwise_window.cuh"
 #include "vector.cuh"
 
 namespace effnet::cuda {
 
 constexpr int kBlockChannels = 32;
 constexpr int kMaxBlockThreads = 128;
-constexpr int kPatchW = 4;
 
 // How the work is cut into blocks, the same for both kernels: `rows` and `columns` below are those
 // of the tensor whose patches the threads own. Block index: channel block fastest (neighbours read
@@ -455,22 +455,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (ForwardSizes<T, V, K, S>::k
         for (int col = 0; col < Sizes::kCols; ++col) {
           x[col] = load_shared<L>(line + col * kBlockChannels);
         }
-#pragma unroll
-        for (int r = 0; r < kPatchH; ++r) {
-          const int i = row - r * S;
-          if (i < 0 || i >= K) continue;
-#pragma unroll
-          for (int p = 0; p < kPatchW; ++p) {
-#pragma unroll
-            for (int j = 0; j < K; ++j) {
-#pragma unroll
-              for (int l = 0; l < L; ++l) {
-                float& sum = acc[(r * kPatchW + p) * L + l];
-                sum = fmaf(x[p * S + j][l], w[i * K + j][l], sum);
-              }
-            }
-          }
-        }
+        multiply_row<K, S, kPatchH>(acc, x, w, row);
         line = line == last_line ? window : line + pitch;
       }
 

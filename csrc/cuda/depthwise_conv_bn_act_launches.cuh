@@ -18,26 +18,6 @@
 
 namespace effnet::cuda {
 
-// Calls body(Constant<K>, Constant<S>).
-template <class Body>
-void for_window(const DepthwiseShape& shape, const Body& body) {
-  const auto with_kernel = [&](auto kernel) {
-    if (shape.stride == 1) {
-      body(kernel, Constant<1>{});
-    } else {
-      body(kernel, Constant<2>{});
-    }
-  };
-  switch (shape.kernel) {
-    case 3:
-      return with_kernel(Constant<3>{});
-    case 5:
-      return with_kernel(Constant<5>{});
-    default:
-      return with_kernel(Constant<7>{});
-  }
-}
-
 // About how many threads a multiprocessor holds of these kernels (their registers allow no more);
 // and of how many such waves a grid should be, so that the last one costs little.
 constexpr int kResidentThreads = 512;
@@ -326,6 +306,7 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
       });
     });
 
+    if (a.output == nullptr) return;
     const int64_t image = int64_t{s.out_h} * s.out_w;
     const bool pool = a.pooled != nullptr;
     const RowTiling tiling =

@@ -1,5 +1,5 @@
-// Tensor-core instructions on 16-bit operands with float32 accumulation, and what brings the
-// operands. The layouts of the fragments are those of PTX; lane t has r = t / 4 and q = t % 4.
+// Tensor-core instructions on 16-bit and TF32 operands with float32 accumulation, and what brings
+// the operands. The layouts of the fragments are those of PTX; lane t has r = t / 4 and q = t % 4.
 #pragma once
 
 #include "vector.cuh"
@@ -8,7 +8,8 @@ namespace effnet::cuda {
 
 // Loads N 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the 16-byte row
 // l % 8 of matrix l / 8; fragment[i] becomes the elements (r, 2q) and (r, 2q + 1) of matrix i, the
-// first in the lower half. Transposed: the elements (2q, r) and (2q + 1, r).
+// first in the lower half. Transposed: the elements (2q, r) and (2q + 1, r). A row may as well be
+// four float32: fragment[i] is then the element (r, q) of an 8 x 4 matrix.
 template <bool kTransposed, int N>
 EFFNET_DEVICE void load_matrices(uint32_t (&fragment)[N], const void* row) {
   static_assert(N == 4 || (N == 1 && kTransposed), "other kinds are added where they are needed");
@@ -89,6 +90,34 @@ EFFNET_DEVICE void multiply_matrices(float (&d)[4], uint32_t a0, uint32_t a1, ui
 #endif
 }
 
+// x to the 11 bits of TF32's significand, to nearest. Infinities and NaN stay what they are.
+EFFNET_DEVICE uint32_t round_to_tf32(float x) {
+#if defined(EFFNET_CUDA_EMULATOR)
+  return cuda_emulator::cvt_rna_tf32(x);
+#else
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// d += a * b of TF32 operands, a 16 x 8, b 8 x 8; what the words have beyond TF32 is ignored:
+//   a0 = (r, q), a1 = (r + 8, q), a2 = (r, q + 4), a3 = (r + 8, q + 4);  b0 = (q, r), b1 = (q + 4,
+//   r)
+// The 16-bit fragments of 32 bytes of operands, word by word.
+EFFNET_DEVICE void multiply_matrices_tf32(float (&d)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2]) {
+#if defined(EFFNET_CUDA_EMULATOR)
+  cuda_emulator::mma_m16n8k8_tf32(d, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // a & b, computed anew wherever it stands: an ordinary one would be moved out of loops, and hold a
 // register through all of them.
 EFFNET_DEVICE uint32_t bitwise_and(uint32_t a, uint32_t b) {
@@ -120,6 +149,25 @@ EFFNET_DEVICE void wait_for_copies() {
   cuda_emulator::cp_async_wait_all();
 #else
   asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Makes a group of the thread's copies since the last one (of none, where there are none), and
+// waits until all but the last kPending groups are there.
+EFFNET_DEVICE void commit_copies() {
+#if defined(EFFNET_CUDA_EMULATOR)
+  cuda_emulator::cp_async_commit_group();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kPending>
+EFFNET_DEVICE void wait_for_copy_groups() {
+#if defined(EFFNET_CUDA_EMULATOR)
+  cuda_emulator::cp_async_wait_group(kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 

@@ -1,5 +1,5 @@
-// What every launch on rows of channels decides: vectors or not, the tiling of rows, workspaces,
-// and the reduction of partial sums.
+// What every launch on rows of channels decides: the storage type, vectors or not, the tiling of
+// rows, workspaces, and the reduction of partial sums.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,6 +23,26 @@ using OptionalTensor = std::optional<Tensor>;
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls body(Type<T>{}) for the type of `dtype`.
+template <class Body>
+void for_type(const char* op, Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(Type<float>{});
+    case Dtype::float16:
+      return body(Type<__half>{});
+    case Dtype::bfloat16:
+      return body(Type<__nv_bfloat16>{});
+    case Dtype::float64:
+      STD_TORCH_CHECK(false, op, ": float64 is not supported on CUDA tensors");
+  }
+}
+
 // Whether every pointer allows 16-byte accesses at each multiple of a vector of channels.
 inline bool allows_vectors(int channels, int vector, std::initializer_list<const void*> pointers) {
   if (channels % vector != 0) return false;
@@ -38,6 +58,26 @@ void for_vector(int channels, std::initializer_list<const void*> pointers, const
     body(Constant<kVector>{});
   } else {
     body(Constant<1>{});
+  }
+}
+
+// Calls body(Constant<K>, Constant<S>) for a depthwise convolution's kernel size and stride.
+template <class Body>
+void for_window(const DepthwiseShape& shape, const Body& body) {
+  const auto with_kernel = [&](auto kernel) {
+    if (shape.stride == 1) {
+      body(kernel, Constant<1>{});
+    } else {
+      body(kernel, Constant<2>{});
+    }
+  };
+  switch (shape.kernel) {
+    case 3:
+      return with_kernel(Constant<3>{});
+    case 5:
+      return with_kernel(Constant<5>{});
+    default:
+      return with_kernel(Constant<7>{});
   }
 }
 

@@ -12,26 +12,6 @@
 namespace effnet::cuda {
 namespace {
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
-// Calls body(Type<T>{}) for the type of `dtype`.
-template <class Body>
-void for_type(const char* op, Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(Type<float>{});
-    case Dtype::float16:
-      return body(Type<__half>{});
-    case Dtype::bfloat16:
-      return body(Type<__nv_bfloat16>{});
-    case Dtype::float64:
-      STD_TORCH_CHECK(false, op, ": float64 is not supported on CUDA tensors");
-  }
-}
-
 void channel_sums_out(Tensor input, OptionalTensor other, Tensor sums) {
   const ChannelSums a = check_channel_sums(input, other, sums);
   for_type("channel_sums_out", a.dtype, [&](auto type) {

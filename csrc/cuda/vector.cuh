@@ -292,9 +292,25 @@ EFFNET_DEVICE float channel_value(const ChannelVector& vector, int channel, floa
                                         : to_float(static_cast<const T*>(vector.data)[channel]);
 }
 
+// What normalisation does to one channel: d = z - mean, u = d * scale + bias. Subtracting the mean
+// first keeps the digits of z when |mean| is much larger than the standard deviation.
+struct ChannelNorm {
+  float mean, invstd, scale, bias;
+};
+
+template <class T>
+EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
+  ChannelNorm norm;
+  norm.mean = channel_value<T>(bn.mean, channel, 0.f);
+  norm.invstd = 1.f / sqrtf(channel_value<T>(bn.var, channel, 1.f) + static_cast<float>(bn.eps));
+  norm.scale = norm.invstd * channel_value<T>(bn.weight, channel, 1.f);
+  norm.bias = channel_value<T>(bn.bias, channel, 0.f);
+  return norm;
+}
+
 // Shared memory, of the size that the launch gave. Kernels carve their arrays out of it; none is
 // declared with a fixed size, so that launches alone decide what a block takes.
-extern __shared__ float4 dynamic_shared_memory[];
+alignas(128) extern __shared__ float4 dynamic_shared_memory[];
 
 EFFNET_DEVICE float* shared_floats() { return reinterpret_cast<float*>(dynamic_shared_memory); }
 

@@ -8,11 +8,29 @@ from typing import Any
 
 import torch
 
-from effnet_kernels.bench import depthwise_conv_bn_act, environment, models, report
+from effnet_kernels.bench import (
+    batch_norm_act,
+    depthwise_conv_bn_act,
+    environment,
+    mbconv,
+    models,
+    pointwise_conv_bn_act,
+    report,
+    squeeze_excite,
+)
 from effnet_kernels.bench.results import Results
 
-SUITES: dict[str, Any] = {"kernels": depthwise_conv_bn_act, "models": models}
-"""The suites by the name of their subcommand."""
+SUITES: dict[str, Any] = {
+    "kernels": depthwise_conv_bn_act,
+    "mbconv": mbconv,
+    "pointwise_conv_bn_act": pointwise_conv_bn_act,
+    "squeeze_excite": squeeze_excite,
+    "batch_norm_act": batch_norm_act,
+    "models": models,
+}
+"""The suites by the name of their subcommand: each op's (``kernels`` is the depthwise one's), and
+that of whole models.
+"""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -25,7 +43,8 @@ def default_device() -> torch.device:
 def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     """The options of ``suite``: its own and the common ones."""
     device = default_device().type
-    seconds = 1.0 if suite is depthwise_conv_bn_act else 10.0
+    caches = ["warm"] if suite is models else ["warm", "cold"]
+    seconds = 10.0 if suite is models else 1.0
     suite.add_arguments(parser)
     parser.add_argument(
         "--batch", nargs="+", type=_positive, default=[8], metavar="N", help="default: 8"
@@ -42,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--caches", nargs="+", choices=("warm", "cold"), metavar="KIND",
-        default=["warm", "cold"] if suite is depthwise_conv_bn_act else ["warm"],
+        default=caches,
         help="of warm and cold; cold: every call finds its input in memory, not in a cache "
-        f"(default: {'warm cold' if suite is depthwise_conv_bn_act else 'warm'})",
+        f"(default: {' '.join(caches)})",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=seconds, metavar="S",

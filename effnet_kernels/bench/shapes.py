@@ -1,8 +1,11 @@
-"""The depthwise convolutions of EfficientNet, derived from the stage tables of the papers."""
+"""The ops' shapes in EfficientNet, derived from the stage tables of the papers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Model:
     stages: tuple[Stage, ...]
     resolution: int
     stem: int = 32
+    head: int = 1280
     width: float = 1.0
     depth: float = 1.0
 
@@ -60,6 +64,8 @@ MODELS = {
     "efficientnetv2_s": Model(_V2_S, 300, stem=24),
 }
 """The variants whose shapes are measured, by timm's name."""
+
+_SQUEEZE = 4  # the input's channels over the squeezed ones
 
 
 @dataclass(frozen=True)
@@ -89,14 +95,182 @@ class Depthwise:
         return f"{self.channels}x{self.size}x{self.size} k{self.kernel}s{self.stride}"
 
 
+@dataclass(frozen=True)
+class Mbconv:
+    """A block with a depthwise convolution, whose padding is k // 2.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        in_channels: of the block's input.
+        channels: of the depthwise convolution; the input's where nothing is expanded.
+        out_channels: of the block's output.
+        squeezed: hidden channels of squeeze-and-excitation.
+        size: height and width of the input.
+        residual: whether the input is added to the output.
+        count: how many blocks of the model have this shape.
+    """
+
+    model: str
+    in_channels: int
+    channels: int
+    out_channels: int
+    squeezed: int
+    size: int
+    kernel: int
+    stride: int
+    residual: bool
+    count: int = 1
+
+    @property
+    def output_size(self) -> int:
+        """Height and width of the output."""
+        return -(-self.size // self.stride)
+
+    @property
+    def expands(self) -> bool:
+        """Whether there is an expansion."""
+        return self.channels != self.in_channels
+
+    def __str__(self) -> str:
+        channels = f"{self.in_channels}-{self.channels}-{self.out_channels}"
+        return f"{channels} {self.size}x{self.size} k{self.kernel}s{self.stride}"
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A 1x1 convolution between the stem and the classifier; squeeze-and-excitation's are no such.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        role: ``expand``, ``project``, or ``head``, which is pooled.
+        in_channels: of the input.
+        out_channels: of the output.
+        size: height and width of both.
+        gate: whether squeeze-and-excitation multiplies the input.
+        residual: whether the block's input is added.
+        count: how many of the model have this shape.
+    """
+
+    model: str
+    role: str
+    in_channels: int
+    out_channels: int
+    size: int
+    gate: bool = False
+    residual: bool = False
+    count: int = 1
+
+    def __str__(self) -> str:
+        channels = f"{self.in_channels}-{self.out_channels}"
+        return f"{channels} {self.size}x{self.size}{' residual' * self.residual}"
+
+
+@dataclass(frozen=True)
+class SqueezeExcite:
+    """Squeeze-and-excitation as a block calls it.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        channels: of the image that is scaled.
+        squeezed: hidden channels.
+        size: height and width of the image.
+        count: how many blocks of the model have this shape.
+    """
+
+    model: str
+    channels: int
+    squeezed: int
+    size: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} through {self.squeezed}"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """BN as a model calls it, with what comes after it.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        channels: of the image.
+        size: its height and width.
+        activation: ``silu`` or ``identity``.
+        residual: whether the block's input is added.
+        count: how many of the model have this shape.
+    """
+
+    model: str
+    channels: int
+    size: int
+    activation: str
+    residual: bool
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} {self.activation}"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of any kind."""
+
+    kind: str
+    kernel: int
+    stride: int
+    size: int
+    in_channels: int
+    channels: int
+    out_channels: int
+
+    @property
+    def output_size(self) -> int:
+        return -(-self.size // self.stride)
+
+    @property
+    def residual(self) -> bool:
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+
+def _model(name: str) -> Model:
+    if name not in MODELS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
 def _round_channels(channels: float) -> int:
     """To the nearest multiple of 8, but never down by more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def depthwise_shapes(name: str, resolution: int | None = None) -> list[Depthwise]:
-    """The distinct depthwise convolutions of a model, in order, each with its count.
+def _blocks(name: str, resolution: int | None) -> Iterator[_Block]:
+    """The blocks of a model, in order."""
+    model = _model(name)
+    size = -(-(resolution or model.resolution) // 2)  # after the stem
+    channels = _round_channels(model.stem * model.width)
+    for stage in model.stages:
+        out_channels = _round_channels(stage.channels * model.width)
+        for index in range(-int(-stage.repeats * model.depth // 1)):
+            stride = stage.stride if index == 0 else 1
+            block = _Block(
+                stage.block, stage.kernel, stride, size, channels, channels * stage.expand,
+                out_channels,
+            )  # fmt: skip
+            yield block
+            size, channels = block.output_size, out_channels
+
+
+_Shape = TypeVar("_Shape", Depthwise, Mbconv, Norm, Pointwise, SqueezeExcite)
+
+
+def _distinct(found: Iterable[_Shape]) -> list[_Shape]:
+    """The distinct ones, in order, each with its count."""
+    return [replace(shape, count=count) for shape, count in Counter(found).items()]
+
+
+def mbconv_shapes(name: str, resolution: int | None = None) -> list[Mbconv]:
+    """The distinct blocks with a depthwise convolution, in order, each with its count.
 
     Args:
         name: a key of ``MODELS``.
@@ -105,19 +279,73 @@ def depthwise_shapes(name: str, resolution: int | None = None) -> list[Depthwise
     Raises:
         ValueError: there is no such model.
     """
-    if name not in MODELS:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODELS)}")
-    model = MODELS[name]
-    size = -(-(resolution or model.resolution) // 2)  # after the stem
-    channels = _round_channels(model.stem * model.width)
-    counts: dict[tuple[int, int, int, int], int] = {}
-    for stage in model.stages:
-        repeats = -int(-stage.repeats * model.depth // 1)
-        for block in range(repeats):
-            stride = stage.stride if block == 0 else 1
-            if stage.block == "mbconv":
-                key = (channels * stage.expand, size, stage.kernel, stride)
-                counts[key] = counts.get(key, 0) + 1
-            size = -(-size // stride)
-            channels = _round_channels(stage.channels * model.width)
-    return [Depthwise(name, *key, count=count) for key, count in counts.items()]
+    return _distinct(
+        Mbconv(
+            name, b.in_channels, b.channels, b.out_channels, max(1, b.in_channels // _SQUEEZE),
+            b.size, b.kernel, b.stride, b.residual,
+        )
+        for b in _blocks(name, resolution)
+        if b.kind == "mbconv"
+    )  # fmt: skip
+
+
+def depthwise_shapes(name: str, resolution: int | None = None) -> list[Depthwise]:
+    """The distinct depthwise convolutions of a model; arguments as of ``mbconv_shapes``."""
+    return _distinct(
+        Depthwise(name, b.channels, b.size, b.kernel, b.stride)
+        for b in _blocks(name, resolution)
+        if b.kind == "mbconv"
+    )
+
+
+def squeeze_excite_shapes(name: str, resolution: int | None = None) -> list[SqueezeExcite]:
+    """The distinct squeeze-and-excitations of a model; arguments as of ``mbconv_shapes``."""
+    return _distinct(
+        SqueezeExcite(name, b.channels, max(1, b.in_channels // _SQUEEZE), b.output_size)
+        for b in _blocks(name, resolution)
+        if b.kind == "mbconv"
+    )
+
+
+def pointwise_shapes(name: str, resolution: int | None = None) -> list[Pointwise]:
+    """The distinct 1x1 convolutions of a model; arguments as of ``mbconv_shapes``."""
+
+    def all_of_them() -> Iterator[Pointwise]:
+        model = _model(name)
+        for b in _blocks(name, resolution):
+            expands, has_depthwise = b.channels != b.in_channels, b.kind == "mbconv"
+            if expands and has_depthwise:
+                yield Pointwise(name, "expand", b.in_channels, b.channels, b.size)
+            if expands or has_depthwise:
+                yield Pointwise(
+                    name, "project", b.channels, b.out_channels, b.output_size, has_depthwise,
+                    b.residual,
+                )  # fmt: skip
+        head = _round_channels(model.head * model.width)
+        yield Pointwise(name, "head", b.out_channels, head, b.output_size)
+
+    return _distinct(all_of_them())
+
+
+def norm_shapes(name: str, resolution: int | None = None) -> list[Norm]:
+    """The distinct BNs of a model; arguments as of ``mbconv_shapes``."""
+
+    def all_of_them() -> Iterator[Norm]:
+        model = _model(name)
+        stem = _round_channels(model.stem * model.width)
+        yield Norm(name, stem, -(-(resolution or model.resolution) // 2), "silu", False)
+        for b in _blocks(name, resolution):
+            expands = b.channels != b.in_channels
+            if b.kind == "mbconv":
+                if expands:
+                    yield Norm(name, b.channels, b.size, "silu", False)
+                yield Norm(name, b.channels, b.output_size, "silu", False)
+            elif expands:
+                yield Norm(name, b.channels, b.output_size, "silu", False)
+            # A fused block that expands nothing is one convolution, with its activation.
+            last = "identity" if b.kind == "mbconv" or expands else "silu"
+            yield Norm(name, b.out_channels, b.output_size, last, b.residual)
+        head = _round_channels(model.head * model.width)
+        yield Norm(name, head, b.output_size, "silu", False)
+
+    return _distinct(all_of_them())

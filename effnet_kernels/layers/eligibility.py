@@ -96,6 +96,8 @@ def call_refusal(op: str, input: Tensor) -> str | None:
         return "an ONNX export is running"
     if nn_module._has_any_global_hook():
         return "hooks on all modules are registered"
+    if backends.demanded_lacks(op):
+        return f"the demanded backend has no kernels for {op}"
     if backends.select(op, input) == backends.EAGER:
         return "no kernel backend takes the call"
     return None

@@ -77,6 +77,12 @@ def statistics_refusal(norms: Sequence[nn.BatchNorm2d]) -> str | None:
     return None
 
 
+def whole_op(norm: nn.BatchNorm2d) -> str:
+    """The op that ``run_mbconv`` runs a block on whose BNs are as ``norm``."""
+    inference = not torch.is_grad_enabled() and not normalises_by_batch(norm)
+    return "mbconv" if inference else "mbconv_train"
+
+
 def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | None]) -> Tensor:
     """Runs ``block``, with which ``statistics_refusal`` has no difficulty, on one op, with all that
     its BNs do to their buffers.

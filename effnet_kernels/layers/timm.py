@@ -24,6 +24,7 @@ from timm.models._efficientnet_blocks import (
     InvertedResidual,
     SqueezeExcite,
 )
+from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from effnet_kernels.layers.adapter import Adapter
@@ -36,7 +37,14 @@ from effnet_kernels.layers.eligibility import (
     module_refusal,
     pointwise_conv_refusal,
 )
-from effnet_kernels.layers.mbconv import Block, Excite, Stage, run_mbconv, statistics_refusal
+from effnet_kernels.layers.mbconv import (
+    Block,
+    Excite,
+    Stage,
+    run_mbconv,
+    statistics_refusal,
+    whole_op,
+)
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
 from effnet_kernels.ops.checks import autocast_dtype
@@ -104,7 +112,7 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn1", self.bn1):
             output: Tensor = super().forward(x)
             return output
-        if whole_refusal(self) is None:
+        if whole_refusal(self) is None and call_refusal(whole_op(self.bn1), x) is None:
             return _run_whole(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
@@ -152,6 +160,39 @@ class FusedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
             output: Tensor = super().forward(x)
             return output
         return run_batch_norm_act(x, self, _ACTIVATIONS[type(self.act)])
+
+
+class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
+    """``EfficientNet`` whose head convolution, BN and activation are one op in inference."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The features of x, (N, C, H, W), before the pool."""
+        if torch.is_grad_enabled() or call_refusal("pointwise_conv_bn_act", x) is not None:
+            output: Tensor = super().forward_features(x)
+            return output
+        norm = self.bn2
+        if head_refusal(self) is not None or normalises_by_batch(norm):
+            output = super().forward_features(x)
+            return output
+        x = self.blocks(self.bn1(self.conv_stem(x)))
+        return pointwise_conv_bn_act(
+            x, self.conv_head.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+            norm.eps, _ACTIVATIONS[type(norm.act)],
+        ).output  # fmt: skip
+
+
+def head_refusal(model: EfficientNet) -> str | None:
+    """Why the op cannot stand in for the head's convolution and BN, or None."""
+    conv, norm = model.conv_head, model.bn2
+    reason = pointwise_conv_refusal("conv_head", conv)
+    if reason is not None:
+        return reason
+    if conv.bias is not None:
+        return "conv_head has a bias"
+    if type(norm) is not FusedBatchNormAct2d and type(norm) is not BatchNormAct2d:
+        return f"bn2 is a {type(norm).__name__}, not a BatchNormAct2d"
+    reason = module_refusal(norm)
+    return _act_refusal("bn2", norm) if reason is None else f"bn2 {reason}"
 
 
 def conv_bn_act_refusal(block: ConvBnAct) -> str | None:
@@ -390,4 +431,5 @@ ADAPTERS: tuple[Adapter, ...] = (
     ),
     Adapter(ConvBnAct, FusedConvBnAct, conv_bn_act_refusal),
     Adapter(BatchNormAct2d, FusedBatchNormAct2d, norm_refusal),
+    Adapter(EfficientNet, FusedEfficientNet, head_refusal),
 )

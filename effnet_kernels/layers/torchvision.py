@@ -24,7 +24,14 @@ from effnet_kernels.layers.eligibility import (
     module_refusal,
     pointwise_conv_refusal,
 )
-from effnet_kernels.layers.mbconv import Block, Excite, Stage, run_mbconv, statistics_refusal
+from effnet_kernels.layers.mbconv import (
+    Block,
+    Excite,
+    Stage,
+    run_mbconv,
+    statistics_refusal,
+    whole_op,
+)
 from effnet_kernels.ops import squeeze_excite
 from effnet_kernels.ops.checks import autocast_dtype
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
@@ -59,7 +66,8 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
             _ACTIVATIONS[type(se.scale_activation)],
         )
         padding = conv_padding(depthwise_stage.conv)
-        if whole_refusal(self) is None:
+        norm = depthwise_stage.norm
+        if whole_refusal(self) is None and call_refusal(whole_op(norm), input) is None:
             block = Block(
                 None if expand is None else _stage(expand),
                 depthwise_stage,

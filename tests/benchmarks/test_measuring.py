@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from effnet_kernels.bench import accuracy, command, depthwise_conv_bn_act, report, results, timing
+from effnet_kernels.bench import accuracy, depthwise_conv_bn_act, report, results, timing
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import Results, Row
 from effnet_kernels.bench.shapes import Depthwise
@@ -209,11 +209,3 @@ def test_compiled_peer_is_a_peer() -> None:
     assert row.contender == "compile"
     assert row.failed is None, row.failed
     assert not row.wrong
-
-
-def test_suites_are_complete() -> None:
-    """What the command line needs of a suite."""
-    for suite in command.SUITES.values():
-        assert suite.NAME
-        assert set(suite.MODES) >= {"inference", "training"}
-        assert results.BASELINE in suite.PEERS

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import exercise
 import pytest
 import torch
+
+from effnet_kernels import use_backend
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -43,6 +47,39 @@ def test_gpu_script_knows_its_parts(tmp_path: Path) -> None:
     result = run(BENCHMARKS / "gpu.sh", "--help")
     assert result.returncode == 0
     assert "build tests sanitize kernels models ncu" in result.stdout
+
+
+def test_exercise_needs_a_gpu() -> None:
+    """One line where there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("would run everything")
+    result = run(sys.executable, BENCHMARKS / "exercise.py", "small")
+    assert result.returncode == 2
+    assert result.stderr == "exercise.py: PyTorch sees no GPU\n"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_exercise_calls_are_right() -> None:
+    """What compute-sanitizer watches is accepted by the ops, forward and backward."""
+    with use_backend("eager"):
+        exercise.small("cpu")
+
+
+def test_published_measurement(tmp_path: Path) -> None:
+    """An op's script: the suite with its own defaults, options over them."""
+    result = run(
+        sys.executable, BENCHMARKS / "kernels" / "squeeze_excite.py", "--modes", "inference",
+        "--batch", "1", "--dtypes", "float32", "--only", "cpu", "--caches", "warm",
+        "--seconds", "0.01", "--device", "cpu", "--models", "efficientnet_b0",
+        "--out", str(tmp_path), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads((tmp_path / "kernels-squeeze_excite.json").read_text())
+    assert document["benchmark"] == "kernels-squeeze_excite"
+    assert {row["model"] for row in document["rows"]} == {"efficientnet_b0"}
+    assert {row["contender"] for row in document["rows"]} == {"eager", "cpu"}
+    assert len(document["rows"]) == 2 * 10
+    assert (tmp_path / "kernels-squeeze_excite.png").exists()
 
 
 def test_roofline() -> None:

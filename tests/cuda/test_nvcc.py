@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 BUDGET = Path(__file__).with_name("budget.json")
 ARCHITECTURES = ("80", "90a", "100")
 # The kernels of float16 are bfloat16's, type apart: one architecture shows that they compile.
-ONE_ARCHITECTURE = {"depthwise_conv_bn_act_float16.cu": ("90a",)}
+ONE_ARCHITECTURE = {
+    "depthwise_conv_bn_act_float16.cu": ("90a",),
+    "mbconv_float16.cu": ("90a",),
+}
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # Bytes of spill stores, by the start of a kernel's name.

@@ -19,6 +19,14 @@ import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from ops.depthwise_cases import CASES, Case, make_arguments, run
 from ops.test_depthwise_conv_bn_act import check
+from ops.test_mbconv import CASES as MBCONV_CASES
+from ops.test_mbconv import Case as MbconvCase
+from ops.test_mbconv import check as check_mbconv
+from ops.test_pointwise_conv_bn_act import CASES as POINTWISE_CASES
+from ops.test_pointwise_conv_bn_act import Case as PointwiseCase
+from ops.test_pointwise_conv_bn_act import check as check_pointwise
+from ops.test_pointwise_conv_bn_act import make_arguments as make_pointwise_arguments
+from ops.test_pointwise_conv_bn_act import run as run_pointwise
 from ops.test_squeeze_excite import CASES as SQUEEZE_EXCITE_CASES
 from ops.test_squeeze_excite import Case as SqueezeExciteCase
 from ops.test_squeeze_excite import check as check_squeeze_excite
@@ -27,8 +35,12 @@ from ops.test_squeeze_excite import run as run_squeeze_excite
 from ops.test_squeeze_excite import test_gate_is_the_gate as check_gate
 
 from effnet_kernels import backends
+from effnet_kernels.activations import Activation
+from effnet_kernels.ops.mbconv_cost import fuse_expand
 
 op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
+mbconv = importlib.import_module("effnet_kernels.ops.mbconv")
+pointwise = importlib.import_module("effnet_kernels.ops.pointwise_conv_bn_act")
 squeeze_excite = importlib.import_module("effnet_kernels.ops.squeeze_excite")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +50,7 @@ backends._cpp_kernel = lambda name: getattr(torch.ops.effnet_kernels_emulator, n
 _ON_CPU = torch.library.Library("effnet_kernels", "IMPL")
 for _name, _implementation in (
     (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward),
+    (mbconv.OP, mbconv._inference), (pointwise.OP, pointwise._inference),
     (squeeze_excite.OP, squeeze_excite._forward),
     (f"{squeeze_excite.OP}_backward", squeeze_excite._backward),
     (f"{squeeze_excite.OP}_gate", squeeze_excite._gate),
@@ -139,6 +152,25 @@ def test_deterministic(multiprocessors: int) -> None:
     first, second = (run(case, arguments, "cpu") for _ in range(2))
     for name, result in first.items():
         assert torch.equal(result, second[name]), name
+
+
+def test_training_without_output() -> None:
+    """Where the activation is another kernel's: the same convolution and statistics."""
+    case = Case(3, 24, 9, 7, training=True, padding=1)
+    arguments = make_arguments(case, torch.bfloat16, "cpu")
+    results = []
+    for whole in (True, False):
+        conv, output = (torch.full_like(arguments.input, torch.nan) for _ in range(2))
+        mean, var = (torch.full((24,), torch.nan) for _ in range(2))
+        with torch.no_grad():
+            torch.ops.effnet_kernels_emulator.depthwise_conv_bn_act_train_out(
+                arguments.input, arguments.weight, arguments.bn_weight, arguments.bn_bias, 1e-5,
+                1, 1, 1, 3, None, None, 0, True, conv, mean, var, output if whole else None, None,
+            )  # fmt: skip
+        assert torch.isfinite(output).all() == whole
+        results.append((conv, mean, var))
+    for expected, result in zip(*results, strict=True):
+        assert torch.isfinite(result).all() and torch.equal(result, expected)
 
 
 def test_large_mean() -> None:
@@ -264,3 +296,293 @@ def test_squeeze_excite_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SqueezeExciteCase(1, 1, 25345, 1, 1)
     with pytest.raises(RuntimeError, match=r"reduce_weight.size\(0\) must be at most 25344"):
         run_squeeze_excite(case, make_tensors(case, torch.float32, "cpu"), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", POINTWISE_CASES, ids=str)
+def test_pointwise_error_rule(
+    case: PointwiseCase, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    """As for the depthwise op; few multiprocessors are given the large tiles."""
+    check_pointwise(case, dtype, "cpu")
+
+
+_draw = random.Random(1).choice
+# Chunks of channels with tiles of features, ragged ones among them, the options drawn.
+POINTWISE_SHAPES = [
+    PointwiseCase(
+        _draw((1, 2, 3)),
+        channels,
+        features,
+        *_draw(((1, 1), (7, 7), (13, 11), (1, 129))),
+        activation=_draw(("identity", "relu6", "silu", "hardswish")),
+        prologue=_draw((None, "identity", "silu", "hardswish")),
+        gate=_draw((False, True)),
+        residual=_draw((False, True)),
+        pool=_draw((False, True)),
+    )
+    for channels, features in itertools.product((1, 8, 31, 64, 72, 136, 200), (3, 8, 24, 80, 130))
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*zip(POINTWISE_SHAPES, itertools.cycle(DTYPES), strict=False)], ids=str
+)
+def test_pointwise_shapes(case: PointwiseCase, dtype: torch.dtype, multiprocessors: int) -> None:
+    """One chunk of channels, as many as there are stages, and more; tiles that are not full."""
+    check_pointwise(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pointwise_small_shared_memory(
+    dtype: torch.dtype, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices with 100 KB of shared memory run it with fewer stages."""
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(100 * 1024))
+    case = PointwiseCase(2, 240, 96, 9, 9, prologue="silu", gate=True, residual=True, pool=True)
+    check_pointwise(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["input", "weight", "gate", "residual"])
+def test_pointwise_unaligned(name: str, dtype: torch.dtype) -> None:
+    """A tensor that begins between two 16-byte boundaries changes no bit."""
+    case = PointwiseCase(2, 72, 40, 9, 6, prologue="silu", gate=True, residual=True, pool=True)
+    arguments = make_pointwise_arguments(case, dtype, "cpu")
+    arguments["weight"] = arguments["weight"].flatten(1)
+    aligned = run_pointwise(arguments, "cpu")
+    unaligned = run_pointwise({**arguments, name: shifted(arguments[name])}, "cpu")
+    for result, expected in zip(unaligned.values(), aligned.values(), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_pointwise_deterministic(multiprocessors: int) -> None:
+    """The same bits, whatever the order of blocks and threads."""
+    case = PointwiseCase(2, 72, 80, 15, 19, gate=True, residual=True, pool=True)
+    arguments = make_pointwise_arguments(case, torch.bfloat16, "cpu")
+    first, second = (run_pointwise(arguments, "cpu") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_pointwise_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands are rounded to TF32 where that is allowed, and are exact where it is not."""
+    case = PointwiseCase(2, 136, 80, 9, 9)
+    arguments = make_pointwise_arguments(case, torch.float32, "cpu")
+    expected = run_pointwise(arguments, "eager")["output"]
+    errors = []
+    for allowed in (False, True):
+        monkeypatch.setattr(pointwise, "allows_tf32", lambda _, allowed=allowed: allowed)
+        result = run_pointwise(arguments, "cpu")["output"]
+        errors.append((result - expected).abs().max().item() / expected.abs().max().item())
+    assert errors[0] < 1e-6 and 1e-5 < errors[1] < 1e-3
+
+
+def test_pointwise_float64_is_refused() -> None:
+    """An error, not a wrong result."""
+    arguments = make_pointwise_arguments(POINTWISE_CASES[0], torch.float64, "cpu")
+    with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
+        run_pointwise(arguments, "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandCase:
+    """One call of the first half of MBConv; ``pads``: top, left, bottom, right."""
+
+    batch: int
+    channels: int
+    expanded: int
+    height: int
+    width: int
+    kernel: int = 3
+    stride: int = 1
+    pads: tuple[int, int, int, int] = (1, 1, 1, 1)
+    expand_activation: str = "silu"
+    activation: str = "silu"
+    pool: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.batch}x{self.channels}x{self.height}x{self.width}-e{self.expanded}"
+            f"-{self.kernel}x{self.kernel}-stride{self.stride}-pads{'.'.join(map(str, self.pads))}"
+            f"-{self.expand_activation}-{self.activation}{'-pool' if self.pool else ''}"
+        )
+
+
+def make_expand_arguments(case: ExpandCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The call's tensors by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    c, e, k = case.channels, case.expanded, case.kernel
+    tensors = {
+        "input": random(case.batch, c, case.height, case.width)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last),
+        "expand_weight": (random(e, c) / c**0.5).to(dtype),
+        "weight": (random(e, 1, k, k) / k).to(dtype),
+    }
+    for prefix in ("expand_", ""):
+        tensors |= {
+            f"{prefix}mean": (random(e) * 0.1).float(),
+            f"{prefix}var": (random(e).abs() + 0.5).float(),
+            f"{prefix}bn_weight": (random(e).abs() + 0.5).float(),
+            f"{prefix}bn_bias": (random(e) * 0.3).float(),
+        }
+    return tensors
+
+
+def run_expand(
+    case: ExpandCase, tensors: dict[str, torch.Tensor], allow_tf32: bool = False
+) -> dict[str, torch.Tensor]:
+    """The kernel's results by name, in tensors that were NaN before."""
+    t, (top, left, bottom, right) = tensors, case.pads
+    size = [
+        (extent + before + after - case.kernel) // case.stride + 1
+        for extent, before, after in ((case.height, top, bottom), (case.width, left, right))
+    ]
+    output = torch.full((case.batch, case.expanded, *size), torch.nan, dtype=t["input"].dtype)
+    output = output.contiguous(memory_format=torch.channels_last)
+    pooled = torch.full((case.batch, case.expanded), torch.nan) if case.pool else None
+    torch.ops.effnet_kernels_emulator.expand_depthwise_out(
+        t["input"], t["expand_weight"], t["expand_mean"], t["expand_var"], t["expand_bn_weight"],
+        t["expand_bn_bias"], 1e-3, int(Activation[case.expand_activation]),
+        t["weight"], t["mean"], t["var"], t["bn_weight"], t["bn_bias"], 1e-5,
+        case.stride, top, left, int(Activation[case.activation]), allow_tf32, output, pooled,
+    )  # fmt: skip
+    return {"output": output} if pooled is None else {"output": output, "pooled": pooled}
+
+
+def expand_reference(case: ExpandCase, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same in PyTorch's own ops."""
+    t = tensors
+    x = pointwise.reference(
+        t["input"], t["expand_weight"], t["expand_mean"], t["expand_var"], t["expand_bn_weight"],
+        t["expand_bn_bias"], 1e-3, case.expand_activation, prologue=None, gate=None,
+        residual=None, pool=False,
+    ).output  # fmt: skip
+    y = op.reference(
+        x, t["weight"], t["mean"], t["var"], t["bn_weight"], t["bn_bias"], case.stride, case.pads,
+        False, 1e-5, case.activation, pool=case.pool, prologue=None,
+    )  # fmt: skip
+    return {"output": y.output, "pooled": y.pooled} if case.pool else {"output": y.output}
+
+
+def check_expand(case: ExpandCase, dtype: torch.dtype) -> None:
+    """Results are at most 2x eager's own error from float64."""
+    tensors = make_expand_arguments(case, dtype)
+    ours, eager = run_expand(case, tensors), expand_reference(case, tensors)
+    exact = expand_reference(case, {name: tensor.double() for name, tensor in tensors.items()})
+    for name, result in ours.items():
+        assert_error_rule(
+            f"{name} of {case}", result, eager[name], exact[name], result.dtype, FORWARD
+        )
+
+
+_draw = random.Random(2).choice
+EXPAND_CASES = [
+    ExpandCase(
+        1 if size[0] > 14 else _draw((1, 3, 5)),
+        channels,
+        expanded,
+        *size,
+        kernel,
+        stride,
+        pads,
+        expand_activation=_draw(("silu", "relu6", "hardswish", "identity")),
+        activation=_draw(("silu", "relu", "sigmoid")),
+        pool=_draw((True, True, False)),
+    )
+    for (kernel, stride, size), (channels, expanded), pads in zip(
+        itertools.product((3, 5, 7), (1, 2), ((7, 7), (14, 14), (33, 17), (3, 2), (1, 5))),
+        itertools.cycle(((8, 48), (13, 29), (72, 96), (16, 64), (3, 7), (200, 40), (24, 130))),
+        itertools.cycle(((2, 3, 2, 2), (3, 2, 3, 3), (2, 2, 2, 3))),
+        strict=False,
+    )
+    for pads in [tuple(min(pad, kernel - 1) for pad in pads)]
+    if min(size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3]) >= kernel
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*zip(EXPAND_CASES, itertools.cycle(DTYPES), strict=False)], ids=str
+)
+def test_expand_depthwise(case: ExpandCase, dtype: torch.dtype) -> None:
+    """Kernel sizes, strides, extents, asymmetric padding; whole vectors of channels and others."""
+    check_expand(case, dtype)
+
+
+@pytest.mark.parametrize("shared", [100, 228], ids="{}KB".format)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (ExpandCase(1, 24, 80, 33, 29, 5, 1, (2, 2, 2, 2)), torch.bfloat16),
+        (ExpandCase(1, 24, 40, 41, 37, 5, 2, (1, 1, 2, 2)), torch.float32),
+        (ExpandCase(6, 8, 16, 4, 4), torch.float16),
+        (ExpandCase(2, 136, 48, 10, 10, 7, 1, (3, 3, 3, 3)), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_expand_depthwise_tiles(
+    case: ExpandCase,
+    dtype: torch.dtype,
+    shared: int,
+    multiprocessors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large tiles and small ones, of several images, as the device suggests them."""
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(shared * 1024))
+    check_expand(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["input", "expand_weight", "weight"])
+def test_expand_depthwise_unaligned(name: str, dtype: torch.dtype) -> None:
+    """A tensor that begins between two 16-byte boundaries changes no bit."""
+    case = ExpandCase(2, 24, 40, 9, 7)
+    tensors = make_expand_arguments(case, dtype)
+    aligned = run_expand(case, tensors)
+    unaligned = run_expand(case, {**tensors, name: shifted(tensors[name])})
+    for result, expected in zip(unaligned.values(), aligned.values(), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_expand_depthwise_deterministic(multiprocessors: int) -> None:
+    """The same bits, whatever the order of blocks and threads."""
+    case = ExpandCase(2, 24, 80, 21, 19)
+    tensors = make_expand_arguments(case, torch.bfloat16)
+    first, second = (run_expand(case, tensors) for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_expand_depthwise_tf32() -> None:
+    """Operands are rounded to TF32 where that is allowed, and are exact where it is not."""
+    case = ExpandCase(1, 136, 40, 7, 7)
+    tensors = make_expand_arguments(case, torch.float32)
+    expected = expand_reference(case, tensors)["output"]
+    errors = [
+        (run_expand(case, tensors, allowed)["output"] - expected).abs().max().item()
+        / expected.abs().max().item()
+        for allowed in (False, True)
+    ]
+    assert errors[0] < 2e-6 and 2e-5 < errors[1] < 2e-3
+
+
+def test_expand_depthwise_float64_is_refused() -> None:
+    """An error, not a wrong result."""
+    case = ExpandCase(1, 8, 16, 5, 5, pool=False)
+    tensors = make_expand_arguments(case, torch.float64)
+    with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
+        run_expand(case, {name: tensor.double() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MBCONV_CASES, ids=str)
+def test_mbconv_error_rule(case: MbconvCase, dtype: torch.dtype, fused: bool) -> None:
+    """The block as a whole, with the expansion in the depthwise convolution's launch or before."""
+    with fuse_expand(fused):
+        check_mbconv(case, dtype, "cpu")

@@ -93,8 +93,10 @@ struct Fiber {
   struct Copy {
     void* shared;
     uint64_t data[2];
-  } copies[kMostCopies];  // begun and not yet waited for
+    unsigned group;
+  } copies[kMostCopies];  // begun and not yet waited for, in order
   unsigned copy_count = 0;
+  unsigned copy_group = 0;  // of the copies that are not yet committed
 };
 
 // What a lane brings to a warp operation.
@@ -419,6 +421,38 @@ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], 
   mma({name, file, line}, d, a, b, 8, bfloat16);
 }
 
+uint32_t cvt_rna_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  // Half a unit in the last of TF32's places, away from zero; an infinity or a NaN has no room.
+  if (std::isfinite(x)) bits += 0x1000;
+  return bits & ~uint32_t{0x1fff};
+}
+
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const char* file, int line) {
+  const Operation operation{"mma_m16n8k8 of TF32", file, line};
+  check_full_warp(operation);
+  const Deposit* all = deposits();
+  const unsigned lane = lane_index();
+  Deposit& own = deposits()[lane];
+  const auto operand = [](uint32_t bits) { return __int_as_float(bits & ~uint32_t{0x1fff}); };
+  for (unsigned i = 0; i < 4; ++i) own.a[i] = operand(a[i]);
+  for (unsigned i = 0; i < 2; ++i) own.b[i] = operand(b[i]);
+  wait(operation, true);
+  for (unsigned i = 0; i < 4; ++i) {
+    const Deposit* row = &all[lane / 4 * 4];
+    const Deposit* column = &all[(lane % 4 * 2 + i % 2) * 4];
+    double sum = d[i];
+    for (unsigned k = 0; k < 8; ++k) {
+      sum += double{row[k % 4].a[k / 4 * 2 + i / 2]} * column[k % 4].b[k / 4];
+    }
+    float rounded = static_cast<float>(sum);
+    if (std::fabs(rounded) > std::fabs(sum)) rounded = std::nextafter(rounded, 0.f);
+    d[i] = rounded;
+  }
+}
+
 }  // namespace cuda_emulator
 
 void __syncthreads(const char* file, int line) {
@@ -441,16 +475,28 @@ void cp_async(void* shared, const void* global, int bytes) {
     fail("an asynchronous copy of 16 bytes is not aligned to them");
   }
   Fiber::Copy& copy = fiber.copies[fiber.copy_count++];
-  copy = {shared, {}};
+  copy = {shared, {}, fiber.copy_group};
   std::memcpy(copy.data, global, bytes);
+  std::memset(shared, 0xff, sizeof(copy.data));
+}
+
+void cp_async_commit_group() { ++running->copy_group; }
+
+void cp_async_wait_group(unsigned pending) {
+  Fiber& fiber = *running;
+  unsigned done = 0;
+  // Committed, and before the last `pending` groups that are.
+  while (done < fiber.copy_count && fiber.copies[done].group + pending < fiber.copy_group) {
+    std::memcpy(fiber.copies[done].shared, fiber.copies[done].data, 16);
+    ++done;
+  }
+  std::copy(fiber.copies + done, fiber.copies + fiber.copy_count, fiber.copies);
+  fiber.copy_count -= done;
 }
 
 void cp_async_wait_all() {
-  Fiber& fiber = *running;
-  for (unsigned i = 0; i < fiber.copy_count; ++i) {
-    std::memcpy(fiber.copies[i].shared, fiber.copies[i].data, sizeof(fiber.copies[i].data));
-  }
-  fiber.copy_count = 0;
+  cp_async_commit_group();
+  cp_async_wait_group(0);
 }
 
 }  // namespace cuda_emulator

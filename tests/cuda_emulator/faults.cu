@@ -117,6 +117,34 @@ __global__ void missing_copy_wait(float* x) {
   x[blockIdx.x * blockDim.x + threadIdx.x] = y;
 }
 
+// A wait for all but the last group leaves that one's copy on its way.
+__global__ void missing_group_wait(float* x) {
+  float* shared = shared_floats() + 8 * (threadIdx.x % 4);
+  const float* source = x + 8 * (threadIdx.x % 4);
+  if (threadIdx.x < 4) {
+    cuda_emulator::cp_async(shared, source, 16);
+    cuda_emulator::cp_async_commit_group();
+    cuda_emulator::cp_async(shared + 4, source + 4, 16);
+    cuda_emulator::cp_async_commit_group();
+    cuda_emulator::cp_async_wait_group(1);
+  }
+  const float first = threadIdx.x < 4 ? shared[0] : 0.f;
+  const float second = threadIdx.x < 4 ? shared[4] : 0.f;
+  __syncthreads();
+  x[blockIdx.x * blockDim.x + threadIdx.x] = first == 0.f ? second : 1.f;
+}
+
+// What lay where a copy goes is gone as soon as the copy begins.
+__global__ void overwritten_by_copy(float* x) {
+  float* shared = shared_floats() + 4 * (threadIdx.x % 8);
+  if (threadIdx.x < 8) *shared = 1.f;
+  if (threadIdx.x < 8) cuda_emulator::cp_async(shared, x, 16);
+  const float y = threadIdx.x < 8 ? *shared : 0.f;
+  cuda_emulator::cp_async_wait_all();
+  __syncthreads();
+  x[blockIdx.x * blockDim.x + threadIdx.x] = y;
+}
+
 // Some rows are read before the lanes that write them have come that far.
 __global__ void missing_syncwarp(float* x) {
   shared_floats()[threadIdx.x] = 1.f;
@@ -261,6 +289,73 @@ __global__ void multiply(float* x) {
   x[blockIdx.x * blockDim.x + lane] = right;
 }
 
+// Three groups of a copy each: which of them are there after which wait.
+__global__ void copy_groups(float* x) {
+  using namespace cuda_emulator;
+  float* shared = shared_floats() + 12 * threadIdx.x;
+  const float* source = x + blockIdx.x * blockDim.x + threadIdx.x / 4 * 4;
+  int right = 0;
+  for (int i = 0; i < 3; ++i) {
+    cp_async(shared + 4 * i, source, i == 1 ? 0 : 16);
+    cp_async_commit_group();
+  }
+  for (unsigned pending = 3; pending > 0;) {
+    cp_async_wait_group(--pending);
+    for (unsigned i = 0; i < 3; ++i) right += std::isnan(shared[4 * i]) == (i + pending > 2);
+  }
+  // A copy that no group has is waited for by none.
+  cp_async(shared, source, 16);
+  cp_async_wait_group(0);
+  right += std::isnan(shared[0]);
+  cp_async_wait_all();
+  right += shared[0] == 0.f;
+  __syncthreads();
+  x[blockIdx.x * blockDim.x + threadIdx.x] = right;
+}
+
+// A (16, 8) row by row and B (8, 8) column by column, as load_matrices takes both.
+__global__ void multiply_tf32(float* x) {
+  using namespace cuda_emulator;
+  const int lane = threadIdx.x, row = lane / 4, column = lane % 4 * 2;
+  const auto a = [](int i, int k) -> float { return (i * 7 + k * 3) % 11 - 5; };
+  const auto b = [](int k, int j) -> float { return (k * 5 + j * 2) % 13 - 6; };
+  float* const shared_a = shared_floats();
+  float* const shared_b = shared_a + 16 * 8;
+  for (int i = lane; i < 16 * 8; i += 32) shared_a[i] = a(i / 8, i % 8);
+  for (int i = lane; i < 8 * 8; i += 32) shared_b[i] = b(i % 8, i / 8);
+  __syncwarp();
+  uint32_t fragment_a[4], fragment_b[2];
+  ldmatrix_x4(fragment_a, shared_a + lane % 16 * 8 + lane / 16 * 4);
+  ldmatrix_x2(fragment_b, shared_b + lane % 8 * 8 + lane / 8 % 2 * 4);
+  // Bits beyond TF32 count for nothing.
+  fragment_a[0] |= 0x1000;
+  float d[4] = {1.f, 2.f, 3.f, 4.f};
+  for (int round = 0; round < 2; ++round) mma_m16n8k8_tf32(d, fragment_a, fragment_b);
+  int right = 0;
+  for (int n = 0; n < 4; ++n) {
+    const int i = row + n / 2 * 8, j = column + n % 2;
+    float expected = n + 1;
+    for (int k = 0; k < 8; ++k) expected += 2.f * a(i, k) * b(k, j);
+    right += d[n] == expected;
+  }
+  // 1 + 2^-24, 1 - 2^-25 and -1 - 2^-24, all towards zero.
+  const auto sum = [](float start, float term) {
+    const uint32_t factor = __float_as_int(term), one = __float_as_int(1.f);
+    const bool first = threadIdx.x % 4 == 0;  // (0, 0) of A, (0, n) of B
+    float d[4] = {start, start, start, start};
+    mma_m16n8k8_tf32(d, {first ? factor : 0, 0, 0, 0}, {first ? one : 0, 0});
+    return d[0];
+  };
+  right += sum(1.f, 0x1p-24f) == 1.f;
+  right += sum(1.f, -0x1p-25f) == 1.f - 0x1p-24f;
+  right += sum(-1.f, -0x1p-24f) == -1.f;
+  // To nearest, a tie away from zero; an infinity stays.
+  const auto rounded = [](float y) { return __int_as_float(cvt_rna_tf32(y)); };
+  right += rounded(1.f + 0x1p-11f) == 1.f + 0x1p-10f && rounded(1.f + 0x1p-12f) == 1.f;
+  right += rounded(-INFINITY) == -INFINITY && std::isnan(rounded(NAN));
+  x[blockIdx.x * blockDim.x + lane] = right;
+}
+
 constexpr unsigned kBlocks = 4;
 
 bool launch(void (*kernel)(float*), unsigned grid, unsigned block, size_t shared_bytes,
@@ -296,6 +391,10 @@ int main(int argc, char** argv) {
                  {"ldmatrix_misaligned", ldmatrix_misaligned},
                  {"missing_syncwarp", missing_syncwarp},
                  {"missing_copy_wait", missing_copy_wait},
+                 {"missing_group_wait", missing_group_wait},
+                 {"overwritten_by_copy", overwritten_by_copy},
+                 {"copy_groups", copy_groups, 32, kMore},
+                 {"multiply_tf32", multiply_tf32, 32, kMore},
                  {"shuffles", shuffles, 80, kMore},
                  {"ldmatrices", ldmatrices, 32, kMore},
                  {"multiply_k16_bfloat16", multiply<__nv_bfloat16, 16>, 32, kMore},

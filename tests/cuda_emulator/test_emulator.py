@@ -58,6 +58,8 @@ def test_faultless_and_refused(built: tuple[Path, Path]) -> None:
     assert "nan" in output(built[1], "missing_barrier")
     assert "nan" in output(built[1], "missing_syncwarp")
     assert "nan" in output(built[1], "missing_copy_wait")
+    assert "nan" in output(built[1], "missing_group_wait")
+    assert "nan" in output(built[1], "overwritten_by_copy")
     # No block, 1025 threads, more than 48 KB without asking, 64 KB on request; 228 KB: refused.
     assert output(built[1], "refused_launches") == "00011"
 
@@ -71,6 +73,8 @@ def test_faultless_and_refused(built: tuple[Path, Path]) -> None:
         ("multiply_k16_float16", 12),
         ("multiply_k8_bfloat16", 12),
         ("multiply_k8_float16", 12),
+        ("multiply_tf32", 9),
+        ("copy_groups", 11),
     ],
 )
 def test_warp_operations(kernel: str, checks: int, built: tuple[Path, Path]) -> None:

@@ -128,9 +128,19 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], bool bfloat16,
                  const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
-// cp.async of 16 bytes, of which `bytes` are read and the rest are zeros. The shared memory changes
-// when the thread waits, so that a missing wait changes results.
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: d += a * b. Each sum is rounded towards zero,
+// as the hardware's is, so that kernels which add up too long in it are found inaccurate.
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const char* file = __builtin_FILE(), int line = __builtin_LINE());
+
+// cvt.rna.tf32.f32
+uint32_t cvt_rna_tf32(float x);
+
+// cp.async of 16 bytes, of which `bytes` are read and the rest are zeros. The shared memory is NaN
+// from then on until the thread waits for the copy, so that a missing wait changes results.
 void cp_async(void* shared, const void* global, int bytes);
+void cp_async_commit_group();
+void cp_async_wait_group(unsigned pending);
 void cp_async_wait_all();
 
 }  // namespace cuda_emulator

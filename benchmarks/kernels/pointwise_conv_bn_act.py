@@ -1,0 +1,12 @@
+"""The published measurement of ``ops.pointwise_conv_bn_act``: see published.py."""
+
+from __future__ import annotations
+
+import sys
+
+from published import run
+
+from effnet_kernels.bench import pointwise_conv_bn_act
+
+if __name__ == "__main__":
+    sys.exit(run(pointwise_conv_bn_act))

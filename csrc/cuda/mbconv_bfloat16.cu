@@ -1,0 +1,3 @@
+#include "mbconv_launches.cuh"
+
+template struct effnet::cuda::ExpandLaunches<__nv_bfloat16>;

@@ -1,0 +1,112 @@
+// The pointwise convolution's CUDA kernel, as PyTorch calls it: checks, choice of the tile, cutting
+// into blocks, launches.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "pointwise_conv_bn_act.cuh"
+#include "row_launches.cuh"
+
+namespace effnet::cuda {
+namespace {
+
+// The tiles: of 128 rows for throughput, of 64 where there would be too few blocks for the device.
+// Float32's products are three, of operands that each warp splits for itself: registers are short.
+template <class T>
+using NarrowSizes = PointwiseSizes<16, 8, 1, sizeof(T) == 2 ? 3 : 2>;
+template <class T>
+using SmallSizes = PointwiseSizes<16, 4, 1, sizeof(T) == 2 ? 6 : 4>;
+using WideSizes = PointwiseSizes<32, 4, 2, 2>;
+
+constexpr int kMostRows = 1 << 30;  // that a kernel counts in an int
+
+template <class T, class Sizes>
+struct Candidate {
+  PointwiseTiling tiling{};
+  int64_t groups, blocks;
+  double cost;
+
+  Candidate(const Device& device, const PointwiseInference& a) {
+    const bool grouped = a.pooled != nullptr || a.pixels > kMostRows;
+    groups = grouped ? a.batch : 1;
+    tiling.rows = a.batch * a.pixels / groups;
+    tiling.row_tiles = static_cast<int>(ceil_div(tiling.rows, Sizes::kRows));
+    tiling.column_tiles = static_cast<int>(ceil_div(a.out_channels, Sizes::kColumns));
+    const auto share = [](int columns, int parts) {
+      return static_cast<int>(ceil_div(ceil_div(columns, parts), 16)) * 16;
+    };
+    tiling.columns = share(a.out_channels, tiling.column_tiles);
+    tiling.warp_columns = share(tiling.columns, Sizes::kWarpsAcross);
+    tiling.gate_rows = grouped ? kMostRows : static_cast<int>(a.pixels);
+    tiling.vectors =
+        allows_vectors(a.in_channels, kTileVector<T>,
+                       {a.input, a.weight, a.prologue.scale, a.prologue.shift, a.gate});
+    tiling.output_vectors = allows_vectors(a.out_channels, kLaneColumns, {a.output, a.residual});
+    blocks = groups * tiling.row_tiles * tiling.column_tiles;
+    // Of the multiprocessor that has most to do: the products of a tile, and what brings its rows
+    // and columns.
+    cost = static_cast<double>(ceil_div(blocks, device.multiprocessors())) *
+           (Sizes::kRows * tiling.columns + 24 * (Sizes::kRows + tiling.columns));
+
+    // As many stages as there is room for, less than two only for a single chunk.
+    const int chunks = static_cast<int>(ceil_div(a.in_channels, kTileDepth<T>));
+    for (int resident = Sizes::kBlocks; resident > 0; --resident) {
+      tiling.stages = std::min(chunks, kMostStages);
+      const auto fits = [&] {
+        return Sizes::shared_bytes(tiling.stages) <= device.shared_bytes(resident);
+      };
+      while (tiling.stages > std::min(chunks, 2) && !fits()) --tiling.stages;
+      if (fits()) break;
+    }
+  }
+};
+
+template <class T, class Sizes>
+void launch(const Device& device, const PointwiseInference& a, const Candidate<T, Sizes>& c,
+            const Tensor& like) {
+  const int64_t parts = c.tiling.row_tiles;
+  float* pooled = static_cast<float*>(a.pooled);
+  OptionalTensor partial;
+  if (a.pooled != nullptr && parts > 1) {
+    partial = workspace(like, a.batch * parts * a.out_channels);
+    pooled = floats(*partial);
+  }
+  device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads,
+                Sizes::shared_bytes(c.tiling.stages), a, c.tiling, pooled);
+  if (partial) {
+    reduce_partials(device, pooled, a.batch, parts, a.out_channels, a.out_channels, 1,
+                    static_cast<float*>(a.pooled));
+  }
+}
+
+void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor var,
+                               OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
+                               int64_t activation, OptionalTensor prologue_scale,
+                               OptionalTensor prologue_shift, int64_t prologue_activation,
+                               OptionalTensor gate, OptionalTensor residual, bool allow_tf32,
+                               Tensor output, OptionalTensor pooled) {
+  const PointwiseInference a = check_pointwise_inference(
+      input, weight, mean, var, bn_weight, bn_bias, eps, activation, prologue_scale, prologue_shift,
+      prologue_activation, gate, residual, allow_tf32, output, pooled);
+  for_type("pointwise_conv_bn_act_out", a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const Device device(input);
+    const Candidate<T, NarrowSizes<T>> narrow(device, a);
+    const Candidate<T, SmallSizes<T>> small(device, a);
+    if constexpr (sizeof(T) == 2) {
+      const Candidate<T, WideSizes> wide(device, a);
+      if (wide.cost < std::min(narrow.cost, small.cost)) return launch(device, a, wide, input);
+    }
+    if (small.cost < narrow.cost) return launch(device, a, small, input);
+    launch(device, a, narrow, input);
+  });
+}
+
+}  // namespace
+}  // namespace effnet::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, EFFNET_CUDA_DISPATCH_KEY, m) {
+  m.impl("pointwise_conv_bn_act_out", TORCH_BOX(&effnet::cuda::pointwise_conv_bn_act_out));
+}
