@@ -218,7 +218,9 @@ def _descendant(module: nn.Module, path: str) -> list[nn.Module]:
             module = children[name]
         else:
             return []
-    return [] if type(module) is nn.Identity else [module]
+    # A model without a head has an Identity in its place.
+    head = module if path else getattr(module, "conv_head", None)
+    return [] if type(head) is nn.Identity else [module]
 
 
 def _refusal(block: nn.Module) -> str | None:

@@ -7,12 +7,11 @@ import os
 import pickle
 from pathlib import Path
 
+import distributed_worker
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-import torchvision_ops  # noqa: F401  isort: split - before timm, in spawned processes too
 from accuracy import relative_errors
 from fused_calls import Calls
 from stock_models import calibrate
@@ -224,25 +223,11 @@ def test_saved_bytes() -> None:
     assert saved(convert(copy.deepcopy(stock))) <= 0.4 * saved(stock)
 
 
-def _worker(rank: int, address: str, path: str) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    stock, fused = make_models()
-    results = []
-    for model in (stock, fused):
-        replica = nn.parallel.DistributedDataParallel(model.train())
-        logits = replica(images(rank))
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-        results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.save(results, f"{path}.{rank}")
-    dist.destroy_process_group()
-
-
 def test_distributed(tmp_path: Path) -> None:
     """Two processes of DistributedDataParallel: gradients equal each other's and stock's."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     path = str(tmp_path / "gradients")
-    mp.spawn(_worker, (f"file://{tmp_path / 'rendezvous'}", path), nprocs=2)
+    mp.spawn(distributed_worker.run, (f"file://{tmp_path / 'rendezvous'}", path), nprocs=2)
     (stock, ours), (_, others) = (torch.load(f"{path}.{rank}") for rank in range(2))
     assert torch.equal(ours, others)
     assert_close(ours, stock)

@@ -78,9 +78,15 @@ def assert_same(stock: Block, fused: Block, x: torch.Tensor, *, fused_calls: int
         assert calls.fused == 2 * fused_calls
         gated = hasattr(stock, "se") and type(stock.se) is SqueezeExcite
         assert calls.gated == (2 * fused_calls - calls.whole if gated else 0)
-        for name, truth in run(exact, x.double(), training).items():
+        exactly = run(exact, x.double(), training)
+        largest = max(t.norm().item() for name, t in exactly.items() if name.startswith("grad"))
+        for name, truth in exactly.items():
             if not truth.is_floating_point():
                 assert torch.equal(ours[name], truth), name
+                continue
+            if name.startswith("grad") and truth.norm() <= 1e-12 * largest:
+                # A BN takes away what the one before adds: nothing is left but rounding.
+                assert ours[name].norm() <= 1e-5 * largest, name
                 continue
             factor = GRADIENT if name.startswith("grad") else FORWARD
             assert_norm_error_rule(name, ours[name], eager[name], truth, factor)
