@@ -154,6 +154,9 @@ def test_error_rule(case: Case, dtype: torch.dtype, fused: bool, kernel_backend:
         pytest.skip("Triton's interpreter truncates to bfloat16")
     if not fused and (kernel_backend == "cpu" or not case.expanded):
         pytest.skip("there is only one way")
+    interpreted = kernel_backend == "triton" and device_of("triton") == "cpu"
+    if interpreted and not fused and not (case in CASES[:2] and dtype == torch.float32):
+        pytest.skip("the interpreter is slow; the tests of the kernels have the rest")
     with fuse_expand(fused):
         check(case, dtype, kernel_backend)
 

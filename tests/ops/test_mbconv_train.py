@@ -87,12 +87,15 @@ def check(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, training: bool, kernel_backend: str) -> None:
     """Every kind of block, with batch statistics and running ones."""
-    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    if kernel_backend == "triton" and device_of("triton") == "cpu":
+        if dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter truncates to bfloat16")
+        if case not in CASES[:2] and (dtype != torch.float32 or not training):
+            pytest.skip("the interpreter is slow; the tests of the kernels have the rest")
     check(case, dtype, kernel_backend, training=training)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=str)
 def test_drop_path(case: Case, kernel_backend: str) -> None:
     """Images that drop path leaves out, and that it makes up for."""
     check(case, torch.float32, kernel_backend, scaled=True)
