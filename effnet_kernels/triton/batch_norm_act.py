@@ -1,9 +1,25 @@
-"""BatchNorm + activation (+ pooled sums) on channels-last tensors, forward and backward.
+"""BatchNorm + activation on channels-last tensors: statistics, forward, backward.
 
 A (N, C, H, W) channels-last tensor is a matrix of N*H*W pixels by C channels. A program owns
 BLOCK_C channels and a contiguous range of pixels, of which it holds BLOCK_P at a time; vectors of
 one value a channel stay in its registers. Program ids run over the channel blocks first: programs
 that run together read neighbouring channels of the same pixels, whole cache lines between them.
+
+Each kernel reads and writes every element once. Where something has a value for each image and
+channel (a gate, pooled sums), the pixels are in groups, one an image, and a program takes one group
+after another, or a part of one; else the whole batch is one group.
+
+=====================================  =======================  ==========================
+kernel                                 reads                    writes
+=====================================  =======================  ==========================
+``channel_statistics_kernel``          input
+``batch_norm_act_kernel``              input (residual, other)  (output) (gated other)
+``batch_norm_act_grad_sums_kernel``    grad_output, input
+``batch_norm_act_grad_input_kernel``   grad_output, input       grad_input
+=====================================  =======================  ==========================
+
+The kernels that write images walk from the last pixel to the first, the others forward: what one
+kernel leaves in L2, the end of what it read or wrote, is where the next begins.
 
 Sums over pixels never use atomics. Each program writes one partial row, and a second, small kernel
 adds the rows in a fixed order, so that results are the same bits every time. A thread sums in
@@ -14,7 +30,7 @@ whole sum to that of its threads'.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +40,7 @@ from torch import Tensor
 from effnet_kernels.triton.activations import activate, activate_grad, activation_name
 from effnet_kernels.triton.launch import (
     PROGRAMS_PER_MULTIPROCESSOR,
+    device_guard,
     index_type,
     multiprocessors,
     splits,
@@ -43,13 +60,22 @@ def load_channels(p_vector, o_c, m_c, DEFAULT: tl.constexpr):
 
 
 @triton.jit
+def load_invstd(p_var, eps, o_c, m_c):
+    """1 / sqrt(var + eps), float32 (BLOCK_C,); ones where p_var is None."""
+    if p_var is None:
+        return tl.full(o_c.shape, 1.0, tl.float32)
+    else:
+        return tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)
+
+
+@triton.jit
 def load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c):
     """(mean, scale, bias), each (1, BLOCK_C) float32: bn(x) = (x - mean) * scale + bias.
 
     scale = weight / sqrt(var + eps). The mean is not folded into the bias: where it is far from
-    zero, x - mean loses nothing, and x * scale - mean * scale much.
+    zero, x - mean loses nothing, and x * scale - mean * scale much. Without pointers bn(x) = x.
     """
-    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)
+    invstd = load_invstd(p_var, eps, o_c, m_c)
     scale = load_channels(p_weight, o_c, m_c, 1.0) * invstd
     mean = load_channels(p_mean, o_c, m_c, 0.0)
     bias = load_channels(p_bias, o_c, m_c, 0.0)
@@ -57,48 +83,167 @@ def load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c):
 
 
 @triton.jit
-def load_batch_norm_grad(
-    p_mean, p_var, p_weight, p_bias, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
-):
-    """(mean, scale, bias, constant, slope): what ``batch_norm_act_grad`` needs, (1, BLOCK_C) each.
+def load_statistics_grad(
+    p_var, p_weight, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
+):  # fmt: skip
+    """(constant, slope), (1, BLOCK_C) float32 each: how the batch statistics answer to x.
 
-    constant = scale * grad_bias / count and slope = scale * invstd * grad_weight / count are how
-    the batch statistics answer to x; zeros where p_grad_weight is None, for frozen statistics.
+    constant = scale * grad_bias / count, slope = scale * invstd * grad_weight / count. None, which
+    ``batch_norm_act_grad`` takes for zeros, where p_grad_weight is: with frozen statistics.
     """
-    mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
-    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)[None, :]
-    grad_weight = load_channels(p_grad_weight, o_c, m_c, 0.0)[None, :]
-    grad_bias = load_channels(p_grad_bias, o_c, m_c, 0.0)[None, :]
-    constant = scale * grad_bias * inverse_count
-    slope = scale * invstd * grad_weight * inverse_count
-    return mean, scale, bias, constant, slope
+    if p_grad_weight is None:
+        return None, None
+    else:
+        invstd = load_invstd(p_var, eps, o_c, m_c)
+        each = load_channels(p_weight, o_c, m_c, 1.0) * invstd * inverse_count
+        constant = each * load_channels(p_grad_bias, o_c, m_c, 0.0)
+        slope = each * invstd * load_channels(p_grad_weight, o_c, m_c, 0.0)
+        return constant[None, :], slope[None, :]
 
 
 @triton.jit
-def batch_norm_act_grad(grad, x, mean, scale, bias, constant, slope, ACTIVATION: tl.constexpr):
+def batch_norm_act_grad(
+    grad, x, mean, scale, bias, constant, slope, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr
+):
     """The gradient of act(bn(x)) with respect to x, for the gradient ``grad`` of its result.
 
-    scale * (du - (grad_bias + xhat * grad_weight) / count), du = grad * act'(bn(x)).
+    scale * (du - (grad_bias + xhat * grad_weight) / count), du = grad * act'(bn(x)); LINEAR: grad
+    is scale * du already.
     """
     centered = x - mean
-    du = activate_grad(grad, centered * scale + bias, ACTIVATION)
-    return du * scale - (constant + centered * slope)
+    dx = grad if LINEAR else activate_grad(grad, centered * scale + bias, ACTIVATION) * scale
+    if constant is not None:
+        dx -= constant + centered * slope
+    return dx
 
 
-@triton.jit(
-    do_not_specialize=[
-        "group_pixels", "program_pixels", "splits", "channel_vectors", "channel_blocks",
-    ]
-)  # fmt: skip
-def batch_norm_act_kernel(
+@triton.jit
+def pixel_range(
+    groups, program_groups, group_pixels, program_pixels, splits, channel_blocks, C,
+    BLOCK_C: tl.constexpr, BY_IMAGE: tl.constexpr, LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+    """What a program works on: (o_c, m_c, group, group_end, pixel, count, row).
+
+    Its channels and their mask; a range of groups; of each, ``count`` pixels from ``pixel`` on; and
+    the number of this range, a row of partial sums. The grid is (ranges of program_groups, splits
+    of a group, channel blocks), the last fastest; the other way round with LAST_FIRST. Without
+    BY_IMAGE there is one group, and constants make its loop none.
+    """
+    pid = tl.program_id(0)
+    if LAST_FIRST:
+        pid = tl.num_programs(0) - 1 - pid
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = pid // channel_blocks
+    pixel = (row % splits).to(tl.int64) * program_pixels
+    count = tl.minimum(group_pixels - pixel, program_pixels).to(tl.int32)
+    if BY_IMAGE:
+        group = (row // splits).to(tl.int64) * program_groups
+        group_end = tl.minimum(group + program_groups, groups)
+    else:
+        group = tl.full([], 0, tl.int64)
+        group_end = tl.full([], 1, tl.int64)
+    return o_c, o_c < C, group, group_end, pixel, count, row
+
+
+@triton.jit
+def moments(center, deviations, squares, count):
+    """(mean, M2), float64 (BLOCK_C,), of ``count`` values a channel.
+
+    M2 is the sum of squares about the mean. ``deviations`` and ``squares``, (any, BLOCK_C) float32,
+    are sums of deviations from ``center`` and of their squares.
+    """
+    off_center = tl.sum(deviations.to(tl.float64), 0) / count
+    m2 = tl.sum(squares.to(tl.float64), 0) - off_center * off_center * count
+    return center + off_center, m2
+
+
+@triton.jit
+def store_moments(p_partials, mean, m2, count, C, channel_blocks, o_c, m_c):
+    """Writes a program's row for ``merge_statistics``; its id runs over the channel blocks first.
+
+    p_partials: means (rows, C), M2 (rows, C), counts (rows,), float64.
+    """
+    rows = (tl.num_programs(0) // channel_blocks).to(tl.int64)
+    row = tl.program_id(0) // channel_blocks
+    p_row = p_partials + row.to(tl.int64) * C + o_c
+    tl.store(p_row, mean, mask=m_c)
+    tl.store(p_row + rows * C, m2, mask=m_c)
+    if tl.program_id(0) % channel_blocks == 0:
+        tl.store(p_partials + 2 * rows * C + row, count.to(tl.float64))
+
+
+# What the kernels over pixels are given of their plan, and are not compiled anew for.
+_EXTENTS = [
+    "groups", "program_groups", "group_pixels", "program_pixels", "splits", "channel_vectors",
+    "channel_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_EXTENTS)
+def channel_statistics_kernel(
     p_input,  # (pixels, C)
-    p_mean,
+    p_partials,  # means, M2 (rows, C) each, counts (rows,): float64
+    groups,
+    program_groups,
+    group_pixels,
+    program_pixels,
+    splits,
+    channel_vectors,
+    channel_blocks,
+    VECTOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The mean of a program's pixels and the sum of squares about it (M2), a row of partials.
+
+    Grid as in ``pixel_range``, of one group; the tile is BLOCK_P pixels. Sums are of deviations
+    from a center, the mean of the program's first tile. A center far from the mean costs digits of
+    the squares, but it is that of BLOCK_P values, which then are as far from the mean: with
+    BLOCK_P * distance^2 no more than the true M2 of all programs, the float32 sums of a program of
+    n tiles lose at most about n * 2^-24 of it, on any input.
+    """
+    C = channel_vectors * VECTOR
+    o_c, m_c, _, _, first, count, _ = pixel_range(
+        groups, program_groups, group_pixels, program_pixels, splits, channel_blocks, C, BLOCK_C,
+        BY_IMAGE=False, LAST_FIRST=False,
+    )  # fmt: skip
+    o_p = tl.arange(0, BLOCK_P)
+    o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
+
+    m_first = (o_p < count)[:, None] & m_c[None, :]
+    x = tl.load(p_input + (first * C + o_tile), mask=m_first, other=0.0).to(tl.float32)
+    center = tl.sum(x, 0) / tl.minimum(count, BLOCK_P).to(tl.float32)
+    deviations = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    # The first tile a second time, from L1.
+    for start in tl.range(0, count, BLOCK_P):
+        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
+        p_tile = (first + start) * C + o_tile
+        x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        deviation = tl.where(m_tile, x - center[None, :], 0.0)
+        deviations += deviation
+        squares += deviation * deviation
+    mean, m2 = moments(center, deviations, squares, count)
+    store_moments(p_partials, mean, m2, count, C, channel_blocks, o_c, m_c)
+
+
+@triton.jit(do_not_specialize=_EXTENTS)
+def batch_norm_act_kernel(
+    p_input,  # (groups, pixels, C)
+    p_other,  # (groups, pixels, C), or None
+    p_mean,  # (C,), or None, like the next three
     p_var,
     p_weight,
     p_bias,
     eps,
-    p_output,  # (pixels, C)
-    p_pooled,  # (splits, groups, C) float32, or None
+    p_gate,  # (groups, C) float32, or None for ones
+    p_residual,  # (groups, pixels, C), or None
+    p_output,  # (groups, pixels, C), or None
+    p_gated_other,  # (groups, pixels, C), or None; may be p_other
+    p_sums,  # (splits, groups, C) float32, or None
+    groups,
+    program_groups,
     group_pixels,
     program_pixels,
     splits,
@@ -110,55 +255,66 @@ def batch_norm_act_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """output = act((input - mean) / sqrt(var + eps) * weight + bias); pooled sums output by group.
+    """v = act((input - mean) / sqrt(var + eps) * weight + bias); then any of
 
-    The pixels are groups of group_pixels (the images, where there is something to pool), each split
-    into ranges of program_pixels. The grid is (groups, splits, channel blocks), the last fastest.
+    output = v * gate + residual, gated_other = other * gate, sums = sum over a group's pixels of v,
+    or of v * other where that is given.
+
+    What is wanted is what has a pointer. Grid as in ``pixel_range``; the tile is BLOCK_P pixels.
     """
     C = channel_vectors * VECTOR
-    pid = tl.program_id(0)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    group = (pid // channel_blocks) // splits
-    split = (pid // channel_blocks) % splits
-    first = split.to(tl.int64) * program_pixels
-    count = tl.minimum(group_pixels - first, program_pixels).to(tl.int32)
-    origin = group.to(tl.int64) * group_pixels + first
-
+    o_c, m_c, group, group_end, first, count, row = pixel_range(
+        groups, program_groups, group_pixels, program_pixels, splits, channel_blocks, C, BLOCK_C,
+        BY_IMAGE=p_gate is not None or p_sums is not None, LAST_FIRST=p_output is not None,
+    )  # fmt: skip
     mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
-    pooled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in tl.range(0, count, BLOCK_P):
-        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
-        p_tile = (origin + start) * C + o_tile
-        x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        y = activate((x - mean) * scale + bias, ACTIVATION)
-        if p_pooled is not None:
-            pooled += tl.where(m_tile, y, 0.0)
-        tl.store(p_output + p_tile, y.to(p_output.dtype.element_ty), mask=m_tile)
-    if p_pooled is not None:
-        row = split.to(tl.int64) * (tl.num_programs(0) // channel_blocks // splits) + group
-        tl.store(p_pooled + row * C + o_c, tl.sum(pooled, 0), mask=m_c)
+    for image in tl.range(group, group_end):
+        gate = load_channels(p_gate, image * C + o_c, m_c, 1.0)[None, :]
+        origin = image * group_pixels + first
+        sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        for start in tl.range(0, count, BLOCK_P):
+            m_tile = (start + o_p < count)[:, None] & m_c[None, :]
+            p_tile = (origin + start) * C + o_tile
+            x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            v = activate((x - mean) * scale + bias, ACTIVATION)
+            product = v
+            if p_other is not None:
+                other = tl.load(p_other + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+                product *= other
+            if p_sums is not None:
+                sums += tl.where(m_tile, product, 0.0)
+            if p_output is not None:
+                y = v * gate
+                if p_residual is not None:
+                    y += tl.load(p_residual + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+                tl.store(p_output + p_tile, y.to(p_output.dtype.element_ty), mask=m_tile)
+            if p_gated_other is not None:
+                gated = (other * gate).to(p_gated_other.dtype.element_ty)
+                tl.store(p_gated_other + p_tile, gated, mask=m_tile)
+        if p_sums is not None:
+            p_row = p_sums + ((row % splits).to(tl.int64) * groups + image) * C + o_c
+            tl.store(p_row, tl.sum(sums.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
-@triton.jit(
-    do_not_specialize=["pixels", "image_pixels", "program_pixels", "channel_vectors",
-                       "channel_blocks"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_EXTENTS)
 def batch_norm_act_grad_sums_kernel(
-    p_grad_output,  # (pixels, C)
-    p_grad_pooled,  # (N, C) float32, or None
-    p_input,  # (pixels, C)
-    p_mean,
+    p_grad_output,  # (groups, pixels, C)
+    p_input,  # (groups, pixels, C)
+    p_mean,  # (C,)
     p_var,
     p_weight,
     p_bias,
     eps,
-    p_partials,  # (2, splits, C) float32
-    pixels,
-    image_pixels,
+    p_gate,  # (groups, C) float32, or None for ones
+    p_grad_pooled,  # (groups, C) float32, or None for zeros
+    p_partials,  # (2, rows, C) float32
+    groups,
+    program_groups,
+    group_pixels,
     program_pixels,
+    splits,
     channel_vectors,
     channel_blocks,
     ACTIVATION: tl.constexpr,
@@ -167,111 +323,106 @@ def batch_norm_act_grad_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Partial sums of du * xhat (row 0) and of du (row 1) over ranges of program_pixels pixels.
+    """A program's sums of du * xhat (partials[0]) and of du (partials[1]), one row of each.
 
-    du = (grad_output + grad_pooled[n]) * act'(xhat * weight + bias). The grid is (splits, channel
-    blocks), the last fastest.
+    xhat = (input - mean) / sqrt(var + eps), and du = (grad_output * gate + grad_pooled) *
+    act'(xhat * weight + bias). Grid as in ``pixel_range``; the tile is BLOCK_P pixels.
     """
     C = channel_vectors * VECTOR
-    pid = tl.program_id(0)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    split = pid // channel_blocks
-    first = split.to(tl.int64) * program_pixels
-    count = tl.minimum(pixels - first, program_pixels).to(tl.int32)
-
+    o_c, m_c, group, group_end, first, count, row = pixel_range(
+        groups, program_groups, group_pixels, program_pixels, splits, channel_blocks, C, BLOCK_C,
+        BY_IMAGE=p_gate is not None or p_grad_pooled is not None, LAST_FIRST=False,
+    )  # fmt: skip
     mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
     sum_du = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_du_centered = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in tl.range(0, count, BLOCK_P):
-        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
-        p_tile = (first + start) * C + o_tile
-        # Beside the mask grad is 0, and so is what it adds to both sums.
-        grad = tl.load(p_grad_output + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        if p_grad_pooled is not None:
-            grad += load_image_rows(
-                p_grad_pooled, first + start, image_pixels, C, o_p, o_c, m_tile, INDEX
-            )
-        centered = x - mean
-        du = activate_grad(grad, centered * scale + bias, ACTIVATION)
-        sum_du += du
-        sum_du_centered += du * centered
-    invstd = tl.rsqrt(load_channels(p_var, o_c, m_c, 1.0) + eps)
-    p_row = p_partials + split.to(tl.int64) * C + o_c
+    for image in tl.range(group, group_end):
+        gate = load_channels(p_gate, image * C + o_c, m_c, 1.0)[None, :]
+        grad_pooled = load_channels(p_grad_pooled, image * C + o_c, m_c, 0.0)[None, :]
+        origin = image * group_pixels + first
+        for start in tl.range(0, count, BLOCK_P):
+            m_tile = (start + o_p < count)[:, None] & m_c[None, :]
+            p_tile = (origin + start) * C + o_tile
+            grad = tl.load(p_grad_output + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            # Beside the mask grad is 0, and so is what it adds to both sums.
+            grad *= gate
+            if p_grad_pooled is not None:
+                grad += tl.where(m_tile, grad_pooled, 0.0)
+            centered = x - mean
+            du = activate_grad(grad, centered * scale + bias, ACTIVATION)
+            sum_du += du
+            sum_du_centered += du * centered
+    invstd = load_invstd(p_var, eps, o_c, m_c)
+    p_row = p_partials + row.to(tl.int64) * C + o_c
     second = (tl.num_programs(0) // channel_blocks).to(tl.int64) * C
     sum_du_xhat = tl.sum(sum_du_centered.to(tl.float64), 0) * invstd
     tl.store(p_row, sum_du_xhat.to(tl.float32), mask=m_c)
     tl.store(p_row + second, tl.sum(sum_du.to(tl.float64), 0).to(tl.float32), mask=m_c)
 
 
-@triton.jit
-def load_image_rows(p_rows, first, image_pixels, C, o_p, o_c, m_tile, INDEX: tl.constexpr):
-    """For pixels first + o_p, the (BLOCK_P, BLOCK_C) float32 rows of their images in (N, C)."""
-    # 64-bit division once, and 32-bit division of what is left by lane.
-    image = first // image_pixels
-    pixel = (first - image * image_pixels).to(INDEX) + o_p
-    o_rows = image * C + (pixel // image_pixels)[:, None].to(tl.int64) * C + o_c[None, :]
-    return tl.load(p_rows + o_rows, mask=m_tile, other=0.0)
-
-
-@triton.jit(
-    do_not_specialize=["pixels", "image_pixels", "program_pixels", "channel_vectors",
-                       "channel_blocks"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_EXTENTS)
 def batch_norm_act_grad_input_kernel(
-    p_grad_output,  # (pixels, C)
-    p_grad_pooled,  # (N, C) float32, or None
-    p_input,  # (pixels, C)
-    p_mean,
+    p_grad_output,  # (groups, pixels, C)
+    p_input,  # (groups, pixels, C)
+    p_mean,  # (C,), or None, like the next three
     p_var,
     p_weight,
     p_bias,
     eps,
+    p_gate,  # (groups, C) float32, or None for ones
+    p_grad_pooled,  # (groups, C) float32, or None for zeros
     p_grad_weight,  # (C,) float32, or None with frozen statistics
     p_grad_bias,
     inverse_count,
-    p_grad_input,  # (pixels, C)
-    pixels,
-    image_pixels,
+    p_grad_input,  # (groups, pixels, C); may be p_grad_output
+    groups,
+    program_groups,
+    group_pixels,
     program_pixels,
+    splits,
     channel_vectors,
     channel_blocks,
     ACTIVATION: tl.constexpr,
+    LINEAR: tl.constexpr,
     VECTOR: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_input = weight * invstd * (du - (grad_bias + xhat * grad_weight) / pixels).
+    """grad_input = weight * invstd * (du - (grad_bias + xhat * grad_weight) / pixels), with du as
+    in ``batch_norm_act_grad_sums_kernel``, which gives grad_weight and grad_bias.
 
-    Grid and tile as in ``batch_norm_act_grad_sums_kernel``, which gives grad_weight and grad_bias.
+    Frozen statistics: only the first part. LINEAR: grad_output is the first part already. Where
+    nothing depends on the input (frozen and the identity), the compiler leaves out its loads.
+    Grid as in ``pixel_range``; the tile is BLOCK_P pixels.
     """
     C = channel_vectors * VECTOR
-    pid = tl.program_id(0)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    first = (pid // channel_blocks).to(tl.int64) * program_pixels
-    count = tl.minimum(pixels - first, program_pixels).to(tl.int32)
-
-    mean, scale, bias, constant, slope = load_batch_norm_grad(
-        p_mean, p_var, p_weight, p_bias, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
+    o_c, m_c, group, group_end, first, count, _ = pixel_range(
+        groups, program_groups, group_pixels, program_pixels, splits, channel_blocks, C, BLOCK_C,
+        BY_IMAGE=p_gate is not None or p_grad_pooled is not None, LAST_FIRST=True,
+    )  # fmt: skip
+    mean, scale, bias = load_batch_norm(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
+    constant, slope = load_statistics_grad(
+        p_var, p_weight, eps, p_grad_weight, p_grad_bias, inverse_count, o_c, m_c
     )
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
-    for start in tl.range(0, count, BLOCK_P):
-        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
-        p_tile = (first + start) * C + o_tile
-        grad = tl.load(p_grad_output + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        if p_grad_pooled is not None:
-            grad += load_image_rows(
-                p_grad_pooled, first + start, image_pixels, C, o_p, o_c, m_tile, INDEX
+    for image in tl.range(group, group_end):
+        gate = load_channels(p_gate, image * C + o_c, m_c, 1.0)[None, :]
+        grad_pooled = load_channels(p_grad_pooled, image * C + o_c, m_c, 0.0)[None, :]
+        origin = image * group_pixels + first
+        for start in tl.range(0, count, BLOCK_P):
+            m_tile = (start + o_p < count)[:, None] & m_c[None, :]
+            p_tile = (origin + start) * C + o_tile
+            grad = tl.load(p_grad_output + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            dx = batch_norm_act_grad(
+                grad * gate + grad_pooled, x, mean, scale, bias, constant, slope, ACTIVATION, LINEAR
             )
-        dx = batch_norm_act_grad(grad, x, mean, scale, bias, constant, slope, ACTIVATION)
-        tl.store(p_grad_input + p_tile, dx.to(p_grad_input.dtype.element_ty), mask=m_tile)
+            tl.store(p_grad_input + p_tile, dx.to(p_grad_input.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -352,28 +503,28 @@ def merge_statistics_kernel(
         m2 = tl.load(p_m2 + o_tile, mask=m_tile, other=0.0)
         distance = means - mean[None, :]
         squares += m2 + n[:, None] * distance * distance
+    # Rounding may leave less than nothing of a constant's; NaN comes through.
+    var = tl.sum(squares, 0) / pixels
     tl.store(p_mean + o_c, mean.to(tl.float32), mask=m_c)
-    tl.store(p_var + o_c, (tl.sum(squares, 0) / pixels).to(tl.float32), mask=m_c)
+    tl.store(p_var + o_c, tl.where(var < 0.0, 0.0, var).to(tl.float32), mask=m_c)
 
 
 class PixelPlan(NamedTuple):
-    """How ``groups`` of pixels are spread over programs."""
+    """The launch of a kernel over groups of pixels.
 
-    groups: int
-    group_pixels: int
-    program_pixels: int
+    Attributes:
+        rows: programs of a channel block.
+        splits: programs of a group and channel block.
+        grid: one-dimensional, programs.
+        extents: the kernel's last arguments, ``_EXTENTS``.
+        options: its constants and warps.
+    """
+
+    rows: int
     splits: int
-    channel_vectors: int
-    channel_blocks: int
-    vector: int
-    index: tl.dtype
-    block_p: int
-    block_c: int
-
-    @property
-    def grid(self) -> tuple[int]:
-        """One-dimensional: programs."""
-        return (self.groups * self.splits * self.channel_blocks,)
+    grid: tuple[int]
+    extents: tuple[int, ...]
+    options: dict[str, Any]
 
 
 def channel_block(channels: int) -> int:
@@ -388,100 +539,144 @@ def channel_block(channels: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def pixel_plan(
-    groups: int, group_pixels: int, channels: int, itemsize: int, multiprocessors: int
-) -> PixelPlan:
-    """The launch of a kernel over pixels: 16 elements a thread at a time."""
+    groups: int, group_pixels: int, channels: int, itemsize: int, multiprocessors: int,
+    reduced: bool = False,
+) -> PixelPlan:  # fmt: skip
+    """The launch of a kernel over pixels: 16 elements a thread at a time.
+
+    Args:
+        groups: of pixels, one an image or one in all.
+        group_pixels: pixels of a group.
+        channels: of a pixel.
+        itemsize: bytes of an element.
+        multiprocessors: of the device.
+        reduced: a group has sums, which another kernel adds where the group is split.
+    """
     block_c = channel_block(channels)
     block_p = 16 * 32 * NUM_WARPS // block_c
     blocks = -(-channels // block_c)
     programs = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-    tiles, each = splits(-(-group_pixels // block_p), blocks * groups, programs, groups > 1)
+    ranges, program_groups = splits(groups, blocks, programs, False)
+    tiles = -(-group_pixels // block_p)
+    # A program of many groups has enough of them whole.
+    parts, each = (1, tiles)
+    if program_groups == 1 or groups == 1:
+        parts, each = splits(tiles, blocks * groups, programs, reduced)
     vector = vector_width(channels, itemsize)
     return PixelPlan(
-        groups, group_pixels, each * block_p, tiles, channels // vector, blocks, vector,
-        index_type(block_p * channels), block_p, block_c,
+        ranges * parts,
+        parts,
+        (ranges * parts * blocks,),
+        (groups, program_groups, group_pixels, each * block_p, parts, channels // vector, blocks),
+        {
+            "VECTOR": vector, "INDEX": index_type(block_p * channels), "BLOCK_P": block_p,
+            "BLOCK_C": block_c, "num_warps": NUM_WARPS, "num_stages": 1,
+        },
     )  # fmt: skip
+
+
+def image_plan(input: Tensor, by_image: bool, reduced: bool = False) -> PixelPlan:
+    """``pixel_plan`` for the pixels of ``input``, a group an image or all one group."""
+    N, C, H, W = input.shape
+    groups = N if by_image else 1
+    return pixel_plan(
+        groups, N * H * W // groups, C, input.element_size(), multiprocessors(input), reduced
+    )
+
+
+def channel_statistics_out(input: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Mean and biased variance of each channel: schema in csrc/ops.cpp."""
+    C = input.shape[1]
+    plan = image_plan(input, False)
+    with device_guard(input):
+        partials = torch.empty(plan.rows * (2 * C + 1), dtype=torch.float64, device=input.device)
+        channel_statistics_kernel[plan.grid](input, partials, *plan.extents, **plan.options)
+        merge_statistics(partials, plan.rows, mean, var)
 
 
 def batch_norm_act(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: int,
-    output: Tensor,
-    pooled: Tensor | None,
-) -> None:
-    """output = act(bn(input)), pooled[n, c] = its float32 sums over H and W; fills both."""
-    N, C, H, W = input.shape
-    groups = 1 if pooled is None else N
-    plan = pixel_plan(groups, N * H * W // groups, C, input.element_size(), multiprocessors(input))
-    partials = pooled
-    if pooled is not None and plan.splits > 1:
-        partials = torch.empty(plan.splits * N * C, dtype=torch.float32, device=input.device)
-    batch_norm_act_kernel[plan.grid](
-        input, mean, var, weight, bias, eps, output, partials,
-        plan.group_pixels, plan.program_pixels, plan.splits, plan.channel_vectors,
-        plan.channel_blocks,
-        ACTIVATION=activation_name(activation), VECTOR=plan.vector, INDEX=plan.index,
-        BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, num_warps=NUM_WARPS, num_stages=1,
+    input: Tensor, other: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, activation: int,
+    gate: Tensor | None, residual: Tensor | None,
+    output: Tensor | None, gated_other: Tensor | None, sums: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches ``batch_norm_act_kernel``, whose docstring says what it fills; sums: (N, C)."""
+    by_image = gate is not None or sums is not None
+    plan = image_plan(input, by_image, reduced=sums is not None)
+    with device_guard(input):
+        partials = sums
+        if sums is not None and plan.splits > 1:
+            partials = torch.empty(
+                plan.splits * sums.numel(), dtype=torch.float32, device=input.device
+            )
+        batch_norm_act_kernel[plan.grid](
+            input, other, mean, var, bn_weight, bn_bias, eps, gate, residual,
+            output, gated_other, partials, *plan.extents,
+            ACTIVATION=activation_name(activation), **plan.options,
+        )  # fmt: skip
+        if sums is not None and partials is not None and plan.splits > 1:
+            sum_partials(partials, plan.splits, sums)
+
+
+def batch_norm_act_out(
+    input: Tensor, mean: Tensor, var: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    eps: float, activation: int, gate: Tensor | None, residual: Tensor | None,
+    output: Tensor | None, pooled: Tensor | None,
+) -> None:  # fmt: skip
+    """output = v * gate + residual, v = act(bn(input)), and pooled, the sums of v over H and W:
+    schema in csrc/ops.cpp.
+    """
+    batch_norm_act(
+        input, None, mean, var, bn_weight, bn_bias, eps, activation, gate, residual,
+        output, None, pooled,
     )  # fmt: skip
-    if partials is not None and pooled is not None and partials is not pooled:
-        sum_partials(partials, plan.splits, pooled)
 
 
-def batch_norm_act_grad_sums(
-    grad_output: Tensor,
-    grad_pooled: Tensor | None,
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: int,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-) -> None:
-    """Fills grad_weight = sum(du * xhat) and grad_bias = sum(du), over all pixels."""
-    N, C, H, W = input.shape
-    plan = pixel_plan(1, N * H * W, C, input.element_size(), multiprocessors(input))
-    partials = torch.empty(2 * plan.splits * C, dtype=torch.float32, device=input.device)
-    batch_norm_act_grad_sums_kernel[plan.grid](
-        grad_output, grad_pooled, input, mean, var, weight, bias, eps, partials,
-        N * H * W, H * W, plan.program_pixels, plan.channel_vectors, plan.channel_blocks,
-        ACTIVATION=activation_name(activation), VECTOR=plan.vector, INDEX=plan.index,
-        BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, num_warps=NUM_WARPS, num_stages=1,
+def batch_norm_act_gate_out(
+    grad_output: Tensor, input: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, activation: int, gate: Tensor,
+    grad_gate: Tensor, gated: Tensor, grad_gated: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of a gate, and what it gates once more: schema in csrc/ops.cpp."""
+    batch_norm_act(
+        input, grad_output, mean, var, bn_weight, bn_bias, eps, activation, gate, None,
+        gated, grad_gated, grad_gate,
     )  # fmt: skip
-    sum_partials(partials, plan.splits, grad_weight, grad_bias)
 
 
-def batch_norm_act_grad_input(
-    grad_output: Tensor,
-    grad_pooled: Tensor | None,
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: int,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_input: Tensor,
-) -> None:
-    """Fills grad_input; grad_weight and grad_bias are None where the statistics are frozen."""
-    N, C, H, W = input.shape
-    plan = pixel_plan(1, N * H * W, C, input.element_size(), multiprocessors(input))
-    batch_norm_act_grad_input_kernel[plan.grid](
-        grad_output, grad_pooled, input, mean, var, weight, bias, eps,
-        grad_weight, grad_bias, 1.0 / (N * H * W), grad_input,
-        N * H * W, H * W, plan.program_pixels, plan.channel_vectors, plan.channel_blocks,
-        ACTIVATION=activation_name(activation), VECTOR=plan.vector, INDEX=plan.index,
-        BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, num_warps=NUM_WARPS, num_stages=1,
-    )  # fmt: skip
+def batch_norm_act_sums_out(
+    grad_output: Tensor, input: Tensor, mean: Tensor, var: Tensor,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, activation: int,
+    gate: Tensor | None, grad_pooled: Tensor | None, grad_bn_weight: Tensor, grad_bn_bias: Tensor,
+) -> None:  # fmt: skip
+    """grad_bn_weight = sum(du * xhat), grad_bn_bias = sum(du): schema in csrc/ops.cpp."""
+    plan = image_plan(input, gate is not None or grad_pooled is not None)
+    with device_guard(input):
+        partials = torch.empty(
+            2 * plan.rows * grad_bn_weight.numel(), dtype=torch.float32, device=input.device
+        )
+        batch_norm_act_grad_sums_kernel[plan.grid](
+            grad_output, input, mean, var, bn_weight, bn_bias, eps, gate, grad_pooled, partials,
+            *plan.extents, ACTIVATION=activation_name(activation), **plan.options,
+        )  # fmt: skip
+        sum_partials(partials, plan.rows, grad_bn_weight, grad_bn_bias)
+
+
+def batch_norm_act_backward_out(
+    grad_output: Tensor, input: Tensor, mean: Tensor | None, var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, activation: int,
+    gate: Tensor | None, grad_pooled: Tensor | None,
+    grad_bn_weight: Tensor | None, grad_bn_bias: Tensor | None, linear: bool, grad_input: Tensor,
+) -> None:  # fmt: skip
+    """grad_input, which may be grad_output: schema in csrc/ops.cpp."""
+    N, _, H, W = input.shape
+    plan = image_plan(input, gate is not None or grad_pooled is not None)
+    with device_guard(input):
+        batch_norm_act_grad_input_kernel[plan.grid](
+            grad_output, input, mean, var, bn_weight, bn_bias, eps, gate, grad_pooled,
+            grad_bn_weight, grad_bn_bias, 1.0 / (N * H * W), grad_input, *plan.extents,
+            ACTIVATION=activation_name(activation), LINEAR=linear, **plan.options,
+        )  # fmt: skip
 
 
 def sum_partials(partials: Tensor, rows: int, first: Tensor, second: Tensor | None = None) -> None:

@@ -46,14 +46,16 @@ from torch import Tensor
 
 from effnet_kernels.triton.activations import activate, activate_grad, activation_name
 from effnet_kernels.triton.batch_norm_act import (
-    batch_norm_act,
+    batch_norm_act_backward_out,
     batch_norm_act_grad,
-    batch_norm_act_grad_input,
-    batch_norm_act_grad_sums,
+    batch_norm_act_out,
+    batch_norm_act_sums_out,
     load_batch_norm,
-    load_batch_norm_grad,
     load_channels,
+    load_statistics_grad,
     merge_statistics,
+    moments,
+    store_moments,
     sum_partials,
 )
 from effnet_kernels.triton.launch import (
@@ -100,6 +102,38 @@ def load_filter_column(
         tap = tl.load(p_taps + i * KERNEL * C + o_tap, mask=m_c[None, :], other=0.0)
         taps = taps + (tap,)  # noqa: RUF005 (no unpacking in Triton)
     return taps
+
+
+@triton.jit
+def convolve_rows(
+    p_image, p_taps, prologue_scale, prologue_shift, row0, o_column0, rows, columns,
+    pitch, pixel_pitch, o_pixel, C, o_c, m_c,
+    PROLOGUE: tl.constexpr, PROLOGUE_ACTIVATION: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The depthwise convolution of ROWS rows of BLOCK_W output pixels: ROWS float32 blocks.
+
+    Element (h, w) of channel o_c[i] is at p_image + h * pitch + w * pixel_pitch + o_pixel[i]; where
+    h is not in 0 .. rows - 1 or w not in 0 .. columns - 1, it is a zero of the padding. The first
+    tap of the first output row meets input row row0, and input columns o_column0.
+    """
+    accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * ROWS
+    for j in tl.range(KERNEL):
+        taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C)
+        o_iw = o_column0 + j
+        m_column = ((o_iw >= 0) & (o_iw < columns))[:, None] & m_c[None, :]
+        o_column = o_iw[:, None].to(INDEX) * pixel_pitch + o_pixel[None, :]
+        for row in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
+            ih = row0 + row
+            x = load_input(
+                p_image, ih * pitch + o_column, m_column & ((ih >= 0) & (ih < rows)),
+                prologue_scale, prologue_shift, PROLOGUE, PROLOGUE_ACTIVATION,
+            )  # fmt: skip
+            for r in tl.static_range(ROWS):
+                if row - r * STRIDE >= 0 and row - r * STRIDE < KERNEL:
+                    accumulators = add_product(accumulators, r, x, taps, row - r * STRIDE)
+    return accumulators
 
 
 @triton.jit(
@@ -192,22 +226,11 @@ def depthwise_conv_kernel(
         p_image = p_input + image * H * pitch
         input_row0 = row0 * STRIDE - pad_top
 
-        accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * ROWS
-        for j in tl.range(KERNEL):
-            taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C)
-            o_iw = o_w * STRIDE + (j - pad_left)
-            m_column = ((o_iw >= 0) & (o_iw < W))[:, None] & m_c[None, :]
-            o_column = o_iw[:, None].to(INDEX) * C + o_c[None, :]
-            for row in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
-                ih = input_row0 + row
-                x = load_input(
-                    p_image, ih * pitch + o_column, m_column & ((ih >= 0) & (ih < H)),
-                    prologue_scale, prologue_shift, PROLOGUE, PROLOGUE_ACTIVATION,
-                )  # fmt: skip
-                for r in tl.static_range(ROWS):
-                    if row - r * STRIDE >= 0 and row - r * STRIDE < KERNEL:
-                        accumulators = add_product(accumulators, r, x, taps, row - r * STRIDE)
-
+        accumulators = convolve_rows(
+            p_image, p_taps, prologue_scale, prologue_shift, input_row0, o_w * STRIDE - pad_left,
+            H, W, pitch, C, o_c, C, o_c, m_c, PROLOGUE, PROLOGUE_ACTIVATION,
+            KERNEL, STRIDE, INDEX, ROWS, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
         if p_conv is not None:
             # What follows is of the conv that is stored: statistics of another one would not
             # normalise it.
@@ -232,9 +255,8 @@ def depthwise_conv_kernel(
                 distance = tl.where(m_output & (row0 + r < OH), distance, 0.0)
                 residual += distance
                 squares += distance * distance
-            off_center = tl.sum(residual.to(tl.float64), 0) / tile_count
-            tile_m2 = tl.sum(squares.to(tl.float64), 0) - off_center * off_center * tile_count
-            delta = center + off_center - union_mean
+            tile_mean, tile_m2 = moments(center, residual, squares, tile_count)
+            delta = tile_mean - union_mean
             union = count + tile_count
             union_mean += delta * (tile_count / union)
             union_m2 += tile_m2 + delta * delta * (count * (tile_count / union))
@@ -259,13 +281,7 @@ def depthwise_conv_kernel(
     if p_pooled is not None:
         tl.store(p_pooled + o_c, tl.sum(pooled, 0), mask=m_c)
     if p_statistics is not None:
-        rows = (tl.num_programs(0) // channel_blocks).to(tl.int64)
-        row = pid // channel_blocks
-        p_row = p_statistics + row.to(tl.int64) * C + o_c
-        tl.store(p_row, union_mean, mask=m_c)
-        tl.store(p_row + rows * C, union_m2, mask=m_c)
-        if pid % channel_blocks == 0:
-            tl.store(p_statistics + 2 * rows * C + row, count)
+        store_moments(p_statistics, union_mean, union_m2, count, C, channel_blocks, o_c, m_c)
 
 
 @triton.jit(
@@ -336,10 +352,10 @@ def depthwise_conv_grad_weight_kernel(
 
     prologue_scale = load_channels(p_prologue_scale, o_c, m_c, 1.0)[None, :]
     prologue_shift = load_channels(p_prologue_shift, o_c, m_c, 0.0)[None, :]
-    mean, scale, bias, constant, slope = load_batch_norm_grad(
-        p_mean, p_var, p_bn_weight, p_bn_bias, eps, p_grad_bn_weight, p_grad_bn_bias,
-        inverse_count, o_c, m_c,
-    )  # fmt: skip
+    mean, scale, bias = load_batch_norm(p_mean, p_var, p_bn_weight, p_bn_bias, eps, o_c, m_c)
+    constant, slope = load_statistics_grad(
+        p_var, p_bn_weight, eps, p_grad_bn_weight, p_grad_bn_bias, inverse_count, o_c, m_c
+    )
     zero = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     sums = (zero,) * (KERNEL * KERNEL)
 
@@ -363,7 +379,7 @@ def depthwise_conv_grad_weight_kernel(
             grad = tl.load(p_grad_output + o_row, mask=m_row, other=0.0).to(tl.float32)
             conv = tl.load(p_conv + o_row, mask=m_row, other=0.0).to(tl.float32)
             grad_conv = batch_norm_act_grad(
-                grad + grad_pooled, conv, mean, scale, bias, constant, slope, ACTIVATION
+                grad + grad_pooled, conv, mean, scale, bias, constant, slope, ACTIVATION, False
             )
             grad_conv = tl.where(m_row, grad_conv, 0.0)
             if p_grad_conv is not None:
@@ -579,8 +595,9 @@ def spatial_tile(
 
 
 def tile_rows(
-    height: int, taps: int, loads: int, halo: int, sums: int, itemsize: int, registers: int
-) -> int:
+    height: int, taps: int, loads: int, halo: int, sums: int, itemsize: int, registers: int,
+    most: int = TILE_REGISTERS,
+) -> int:  # fmt: skip
     """Rows of a tile: few idle rows, few halo rows, and no more than fit in registers.
 
     Args:
@@ -591,13 +608,14 @@ def tile_rows(
         sums: rows of accumulators for a row of the tile.
         itemsize: bytes of an element as it is loaded.
         registers: what else the kernel holds for each of a thread's elements.
+        most: registers that a thread has for all of this.
     """
 
     def fits(rows: int) -> bool:
         # The compiler loads some rows ahead of others, not all.
         ahead = (rows * loads + halo) * (1 + itemsize) / 6
         held = rows * sums + taps + ahead + registers
-        return rows == 1 or ELEMENTS * held <= TILE_REGISTERS
+        return rows == 1 or ELEMENTS * held <= most
 
     def cost(rows: int) -> float:
         # To load a row takes about 1.75 times the instructions of adding its product with a tap.
@@ -713,12 +731,13 @@ def depthwise_conv_bn_act_train_out(
     stride: int, pad_top: int, pad_left: int, activation: int,
     prologue_scale: Tensor | None, prologue_shift: Tensor | None, prologue_activation: int,
     batch_stats: bool,
-    conv: Tensor, mean: Tensor, var: Tensor, output: Tensor, pooled: Tensor | None,
+    conv: Tensor, mean: Tensor, var: Tensor, output: Tensor | None, pooled: Tensor | None,
 ) -> None:  # fmt: skip
     """The same, and the convolution for the backward pass: schema in csrc/ops.cpp.
 
     With frozen statistics it is one kernel. With those of the batch, mean and var are known only
-    when all of conv is, so output is written by a second pass over conv.
+    when all of conv is, so output is written by a second pass over conv. Without an output there is
+    none.
     """
     with device_guard(input):
         if not batch_stats:
@@ -732,7 +751,10 @@ def depthwise_conv_bn_act_train_out(
             input, weight, None, None, None, None, eps, stride, pad_top, pad_left, activation,
             prologue_scale, prologue_shift, prologue_activation, conv, (mean, var), None, None,
         )  # fmt: skip
-        batch_norm_act(conv, mean, var, bn_weight, bn_bias, eps, activation, output, pooled)
+        if output is not None:
+            batch_norm_act_out(
+                conv, mean, var, bn_weight, bn_bias, eps, activation, None, None, output, pooled
+            )
 
 
 def _convolve(
@@ -791,7 +813,9 @@ def depthwise_conv_bn_act_backward_out(
     """All gradients that are not None: schema in csrc/ops.cpp, passes in the module's docstring."""
     with device_guard(input):
         bn = (mean, var, bn_weight, bn_bias, eps, activation)
-        batch_norm_act_grad_sums(grad_output, grad_pooled, conv, *bn, grad_bn_weight, grad_bn_bias)
+        batch_norm_act_sums_out(
+            grad_output, conv, *bn, None, grad_pooled, grad_bn_weight, grad_bn_bias
+        )
         # How much of the gradient goes through the statistics; with frozen ones, none.
         through = (grad_bn_weight, grad_bn_bias) if batch_stats else (None, None)
         grad_conv = None if grad_input is None else torch.empty_like(conv)
@@ -801,8 +825,8 @@ def depthwise_conv_bn_act_backward_out(
                 prologue_scale, prologue_shift, prologue_activation, grad_conv, grad_weight,
             )  # fmt: skip
         elif grad_conv is not None:
-            batch_norm_act_grad_input(
-                grad_output, grad_pooled, conv, *bn, through[0], through[1], grad_conv
+            batch_norm_act_backward_out(
+                grad_output, conv, *bn, None, grad_pooled, through[0], through[1], False, grad_conv
             )
         if grad_input is not None:
             assert grad_conv is not None

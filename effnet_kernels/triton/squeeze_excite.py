@@ -1,8 +1,9 @@
 """Squeeze-and-excitation: pooled sums, the gate, the scaling, and their gradients.
 
-``channel_sums_kernel`` and ``channel_scale_kernel``
-    All of the traffic: an image is a matrix of H*W pixels by C channels, in the tiles and ranges of
-    pixels of ``batch_norm_act``, which also adds the partial sums of an image's ranges.
+``channel_sums_out`` and ``channel_scale_out``
+    All of the traffic: the kernels of ``batch_norm_act``, without BN and activation. The sums are
+    those of the forward kernel; scaled and shifted is its gradient, grad_output * gate +
+    grad_pooled.
 ``squeeze_excite_gate_kernel`` and ``squeeze_excite_gate_grad_kernel``
     A program takes an image through both matrix-vector products. The vector between them goes
     through global memory and a barrier: any S will do, and another product reads it in another
@@ -22,22 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effnet_kernels.activations import Activation
 from effnet_kernels.triton.activations import activate, activate_grad, activation_name
 from effnet_kernels.triton.batch_norm_act import (
     NUM_WARPS,
-    PixelPlan,
+    batch_norm_act,
+    batch_norm_act_backward_out,
     load_channels,
-    pixel_plan,
-    sum_partials,
 )
-from effnet_kernels.triton.launch import (
-    PROGRAMS_PER_MULTIPROCESSOR,
-    device_guard,
-    index_type,
-    multiprocessors,
-    splits,
-    vector_width,
-)
+from effnet_kernels.triton.launch import device_guard, index_type, vector_width
+
+# Mean, variance, weight, bias, eps and activation that change nothing.
+NO_BATCH_NORM_ACT = (None, None, None, None, 0.0, Activation.identity)
 
 # A tile of weights: 32 elements a thread, as many loads in flight as hide most of L2's latency.
 GATE_ELEMENTS = 8192
@@ -50,104 +47,6 @@ GATE_REGISTERS = 128
 GRAD_BLOCK_C = 32
 GRAD_BLOCK_S = 16
 GRAD_BLOCK_N = 32
-
-
-@triton.jit(
-    do_not_specialize=[
-        "group_pixels", "program_pixels", "splits", "channel_vectors", "channel_blocks",
-    ]
-)  # fmt: skip
-def channel_sums_kernel(
-    p_input,  # (N, pixels, C)
-    p_other,  # (N, pixels, C), or None
-    p_sums,  # (splits, N, C) float32
-    group_pixels,
-    program_pixels,
-    splits,
-    channel_vectors,
-    channel_blocks,
-    VECTOR: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """sums[n, c] = sum of input * other over the pixels of an image; of input, without other.
-
-    An image's pixels are split into ranges of program_pixels. The grid is (N, splits, channel
-    blocks), the last fastest.
-    """
-    C = channel_vectors * VECTOR
-    pid = tl.program_id(0)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    image = (pid // channel_blocks) // splits
-    split = (pid // channel_blocks) % splits
-    first = split.to(tl.int64) * program_pixels
-    count = tl.minimum(group_pixels - first, program_pixels).to(tl.int32)
-    origin = image.to(tl.int64) * group_pixels + first
-
-    o_p = tl.arange(0, BLOCK_P)
-    o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
-    sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in tl.range(0, count, BLOCK_P):
-        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
-        p_tile = (origin + start) * C + o_tile
-        x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        if p_other is not None:
-            x *= tl.load(p_other + p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        sums += x
-    row = split.to(tl.int64) * (tl.num_programs(0) // channel_blocks // splits) + image
-    total = tl.sum(sums.to(tl.float64), 0).to(tl.float32)
-    tl.store(p_sums + row * C + o_c, total, mask=m_c)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "group_pixels", "program_pixels", "splits", "channel_vectors", "channel_blocks",
-    ]
-)  # fmt: skip
-def channel_scale_kernel(
-    p_input,  # (N, pixels, C)
-    p_scale,  # (N, C) float32
-    p_shift,  # (N, C) float32, or None
-    p_output,  # (N, pixels, C)
-    group_pixels,
-    program_pixels,
-    splits,
-    channel_vectors,
-    channel_blocks,
-    VECTOR: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """output = input * scale[n, c] + shift[n, c], of the pixels of image n.
-
-    Grid and tile as in ``channel_sums_kernel``, last program first: what the kernel before this one
-    read or wrote last is still in L2.
-    """
-    C = channel_vectors * VECTOR
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    image = ((pid // channel_blocks) // splits).to(tl.int64)
-    split = (pid // channel_blocks) % splits
-    first = split.to(tl.int64) * program_pixels
-    count = tl.minimum(group_pixels - first, program_pixels).to(tl.int32)
-    origin = image * group_pixels + first
-
-    scale = tl.load(p_scale + image * C + o_c, mask=m_c, other=0.0)[None, :]
-    if p_shift is not None:
-        shift = tl.load(p_shift + image * C + o_c, mask=m_c, other=0.0)[None, :]
-    o_p = tl.arange(0, BLOCK_P)
-    o_tile = o_p[:, None].to(INDEX) * C + o_c[None, :]
-    for start in tl.range(0, count, BLOCK_P):
-        m_tile = (start + o_p < count)[:, None] & m_c[None, :]
-        p_tile = (origin + start) * C + o_tile
-        y = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32) * scale
-        if p_shift is not None:
-            y += shift
-        tl.store(p_output + p_tile, y.to(p_output.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -394,21 +293,6 @@ def squeeze_excite_weight_grads_kernel(
             tl.store(p_grad_reduce_bias + o_s, bias, mask=m_s)
 
 
-@functools.lru_cache(maxsize=1024)
-def scale_plan(
-    groups: int, group_pixels: int, channels: int, itemsize: int, multiprocessors: int
-) -> PixelPlan:
-    """``pixel_plan`` of a kernel without sums, which may split every image."""
-    plan = pixel_plan(groups, group_pixels, channels, itemsize, multiprocessors)
-    parts, each = splits(
-        -(-group_pixels // plan.block_p),
-        groups * plan.channel_blocks,
-        multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
-        False,
-    )
-    return plan._replace(splits=parts, program_pixels=each * plan.block_p)
-
-
 class GatePlan(NamedTuple):
     """The tiles of the gate's kernels."""
 
@@ -437,35 +321,14 @@ def gate_plan(channels: int, squeezed: int, itemsize: int) -> GatePlan:
 
 def channel_sums_out(input: Tensor, other: Tensor | None, sums: Tensor) -> None:
     """sums[n, c] = sum over pixels of input, or of input * other: schema in csrc/ops.cpp."""
-    N, C, H, W = input.shape
-    plan = pixel_plan(N, H * W, C, input.element_size(), multiprocessors(input))
-    with device_guard(input):
-        partials = sums
-        if plan.splits > 1:
-            partials = torch.empty(plan.splits * N * C, dtype=torch.float32, device=input.device)
-        channel_sums_kernel[plan.grid](
-            input, other, partials,
-            plan.group_pixels, plan.program_pixels, plan.splits, plan.channel_vectors,
-            plan.channel_blocks,
-            VECTOR=plan.vector, INDEX=plan.index, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c,
-            num_warps=NUM_WARPS, num_stages=1,
-        )  # fmt: skip
-        if plan.splits > 1:
-            sum_partials(partials, plan.splits, sums)
+    batch_norm_act(input, other, *NO_BATCH_NORM_ACT, None, None, None, None, sums)
 
 
 def channel_scale_out(input: Tensor, scale: Tensor, shift: Tensor | None, output: Tensor) -> None:
     """output = input * scale[n, c] (+ shift[n, c]): schema in csrc/ops.cpp."""
-    N, C, H, W = input.shape
-    plan = scale_plan(N, H * W, C, input.element_size(), multiprocessors(input))
-    with device_guard(input):
-        channel_scale_kernel[plan.grid](
-            input, scale, shift, output,
-            plan.group_pixels, plan.program_pixels, plan.splits, plan.channel_vectors,
-            plan.channel_blocks,
-            VECTOR=plan.vector, INDEX=plan.index, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c,
-            num_warps=NUM_WARPS, num_stages=1,
-        )  # fmt: skip
+    batch_norm_act_backward_out(
+        input, input, *NO_BATCH_NORM_ACT, scale, shift, None, None, False, output
+    )
 
 
 def squeeze_excite_gate_out(

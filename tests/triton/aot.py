@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class Case:
     """One call of the depthwise op, in the terms of ``csrc/ops.cpp``."""
 
     mode: str
-    """inference, train, frozen (train with running statistics) or backward."""
+    """inference, train, frozen (train with running statistics), conv (frozen without an output) or
+    backward."""
     dtype: str
     channels: int
     size: int
@@ -50,6 +52,18 @@ class Case:
             f"{self.mode} {self.dtype} {self.channels}x{self.size}x{self.size} "
             f"k{self.kernel}s{self.stride}{options}"
         )
+
+
+@dataclass(frozen=True)
+class BatchNormActCase:
+    """One call of each kernel of BN + activation, with and without what is optional."""
+
+    dtype: str
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"batch_norm_act {self.dtype} {self.channels}x{self.size}x{self.size}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,50 @@ class SqueezeExciteCase:
         )
 
 
+@dataclass(frozen=True)
+class PointwiseCase:
+    """One call of the pointwise convolution."""
+
+    dtype: str
+    channels: int
+    features: int
+    size: int
+    prologue: bool = False
+    gate: bool = False
+    residual: bool = False
+    pool: bool = False
+    allow_tf32: bool = False
+    batch: int = 256
+
+    def __str__(self) -> str:
+        options = ("prologue", "gate", "residual", "pool", "allow_tf32")
+        words = "".join(f" {option}" for option in options if getattr(self, option))
+        return (
+            f"pointwise {self.dtype} {self.batch}x{self.channels}x{self.size}x{self.size} "
+            f"k{self.features}{words}"
+        )
+
+
+@dataclass(frozen=True)
+class ExpandCase:
+    """One call of the first half of MBConv: ``inputs`` channels expand to ``channels``."""
+
+    dtype: str
+    inputs: int
+    channels: int
+    size: int
+    kernel: int
+    stride: int
+    pool: bool = True
+    allow_tf32: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"expand {self.dtype} {self.inputs}x{self.size}x{self.size} c{self.channels} "
+            f"k{self.kernel}s{self.stride}" + " pool" * self.pool + " allow_tf32" * self.allow_tf32
+        )
+
+
 # Layers of EfficientNet-B0 at 224, B4 at 380 and V2-S at 384, and what no model has but a user may.
 CASES = (
     Case("inference", "bfloat16", 32, 112, 3, 1, pool=True),
@@ -86,6 +144,7 @@ CASES = (
     Case("train", "float32", 240, 28, 5, 1, prologue=True),
     Case("train", "bfloat16", 96, 14, 7, 2),
     Case("frozen", "bfloat16", 672, 14, 5, 2, pool=True),
+    Case("conv", "bfloat16", 240, 28, 5, 1),
     Case("backward", "bfloat16", 144, 56, 3, 1, pool=True),
     Case("backward", "bfloat16", 96, 112, 3, 2, prologue=True),
     Case("backward", "bfloat16", 1152, 7, 5, 1, prologue=True, pool=True),
@@ -93,6 +152,13 @@ CASES = (
     Case("backward", "float32", 240, 28, 5, 1),
     Case("backward", "bfloat16", 96, 14, 7, 1, prologue=True),
     Case("backward", "float32", 96, 28, 7, 2),
+    BatchNormActCase("bfloat16", 16, 112),
+    BatchNormActCase("bfloat16", 144, 56),
+    BatchNormActCase("bfloat16", 1152, 7),
+    BatchNormActCase("bfloat16", 13, 33),
+    BatchNormActCase("float16", 480, 14),
+    BatchNormActCase("float32", 32, 112),
+    BatchNormActCase("float32", 672, 14),
     *(
         SqueezeExciteCase(mode, dtype, *extents)
         for mode in ("forward", "backward")
@@ -103,6 +169,30 @@ CASES = (
             ("float32", 672, 28, 14),
         )
     ),
+    PointwiseCase("bfloat16", 16, 96, 112),
+    PointwiseCase("bfloat16", 192, 1152, 7),
+    PointwiseCase("bfloat16", 320, 1280, 7, pool=True),
+    PointwiseCase("bfloat16", 32, 16, 112, gate=True),
+    PointwiseCase("bfloat16", 144, 24, 56, gate=True, residual=True),
+    PointwiseCase("bfloat16", 480, 112, 14, gate=True),
+    PointwiseCase("bfloat16", 1152, 192, 7, gate=True, residual=True),
+    PointwiseCase("bfloat16", 1152, 320, 7, gate=True, batch=1),
+    PointwiseCase("bfloat16", 13, 33, 9),
+    PointwiseCase("float16", 672, 160, 24, prologue=True, gate=True, residual=True),
+    PointwiseCase("float16", 24, 144, 56, prologue=True, pool=True),
+    PointwiseCase("float32", 16, 96, 112),
+    PointwiseCase("float32", 672, 112, 14, gate=True, residual=True),
+    PointwiseCase("float32", 320, 1280, 7, pool=True, allow_tf32=True),
+    ExpandCase("bfloat16", 16, 96, 112, 3, 2),
+    ExpandCase("bfloat16", 24, 144, 56, 3, 1),
+    ExpandCase("bfloat16", 40, 240, 28, 5, 1),
+    ExpandCase("bfloat16", 40, 240, 28, 3, 2),
+    ExpandCase("bfloat16", 112, 672, 14, 5, 2),
+    ExpandCase("bfloat16", 192, 1152, 7, 3, 1),
+    ExpandCase("bfloat16", 13, 33, 9, 3, 1, pool=False),
+    ExpandCase("float16", 160, 960, 24, 5, 1),
+    ExpandCase("float32", 24, 144, 56, 5, 2, pool=False),
+    ExpandCase("float32", 80, 480, 14, 3, 1, allow_tf32=True),
 )
 
 
@@ -124,12 +214,18 @@ class Driver:
         return self.target
 
 
-def call(case: Case | SqueezeExciteCase) -> None:
+def call(case: Case | BatchNormActCase | SqueezeExciteCase | PointwiseCase | ExpandCase) -> None:
     """Runs the launchers of ``case`` on tensors whose values do not matter."""
     if isinstance(case, Case):
         call_depthwise(case)
-    else:
+    elif isinstance(case, BatchNormActCase):
+        call_batch_norm_act(case)
+    elif isinstance(case, SqueezeExciteCase):
         call_squeeze_excite(case)
+    elif isinstance(case, PointwiseCase):
+        call_pointwise(case)
+    else:
+        call_expand(case)
 
 
 def call_depthwise(case: Case) -> None:
@@ -160,10 +256,10 @@ def call_depthwise(case: Case) -> None:
             x, weight, vector(), vector(), vector(), vector(), 1e-3, *geometry, silu, *prologue,
             y, pooled,
         )  # fmt: skip
-    elif case.mode in ("train", "frozen"):
+    elif case.mode in ("train", "frozen", "conv"):
         op.depthwise_conv_bn_act_train_out(
             x, weight, vector(), vector(), 1e-3, *geometry, silu, *prologue, case.mode == "train",
-            image(out), vector(), vector(), y, pooled,
+            image(out), vector(), vector(), None if case.mode == "conv" else y, pooled,
         )  # fmt: skip
     else:
         prologue_grads = (vector(), vector()) if case.prologue else (None, None)
@@ -172,6 +268,35 @@ def call_depthwise(case: Case) -> None:
             x, weight, *geometry, *prologue, image(extent), torch.empty_like(weight),
             vector(), vector(), *prologue_grads,
         )  # fmt: skip
+
+
+def call_batch_norm_act(case: BatchNormActCase) -> None:
+    """Runs the launchers of ``case`` as training blocks do: expand's, the gate's, project's."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import batch_norm_act as op
+
+    dtype = getattr(torch, case.dtype)
+    N, C = 2, case.channels
+    x, y, z, grad = (
+        torch.empty((N, C, case.size, case.size), dtype=dtype, memory_format=torch.channels_last)
+        for _ in range(4)
+    )
+    mean, var, weight, bias, grad_weight, grad_bias = (torch.empty(C) for _ in range(6))
+    gate, pooled = torch.empty(N, C), torch.empty(N, C)
+    op.channel_statistics_out(x, mean, var)
+    bn = (mean, var, weight, bias, 1e-3)
+    silu, identity = Activation.silu, Activation.identity
+    op.batch_norm_act_out(x, *bn, silu, None, None, None, pooled)
+    op.batch_norm_act_out(x, *bn, silu, gate, None, y, None)
+    op.batch_norm_act_out(x, *bn, identity, gate, z, y, None)
+    op.batch_norm_act_gate_out(grad, x, *bn, silu, gate, pooled, y, grad)
+    sums = (grad_weight, grad_bias)
+    for options in ((silu, gate, pooled), (identity, None, None)):
+        op.batch_norm_act_sums_out(grad, x, *bn, *options, *sums)
+        op.batch_norm_act_backward_out(grad, x, *bn, *options, *sums, False, grad)
+    op.batch_norm_act_backward_out(grad, x, *bn, identity, None, None, *sums, True, grad)
 
 
 def call_squeeze_excite(case: SqueezeExciteCase) -> None:
@@ -206,6 +331,53 @@ def call_squeeze_excite(case: SqueezeExciteCase) -> None:
             expand_bias,
         )  # fmt: skip
         op.channel_scale_out(y, gate, shift, x)
+
+
+def call_pointwise(case: PointwiseCase) -> None:
+    """Runs the one launcher of ``case``."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import pointwise_conv_bn_act as op
+
+    dtype = getattr(torch, case.dtype)
+    N, C, K = case.batch, case.channels, case.features
+
+    def image(channels: int) -> torch.Tensor:
+        shape = (N, channels, case.size, case.size)
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    silu = Activation.silu
+    prologue = (torch.empty(C), torch.empty(C), silu) if case.prologue else (None, None, silu)
+    op.pointwise_conv_bn_act_out(
+        image(C), torch.empty(K, C, dtype=dtype), *(torch.empty(K) for _ in range(4)), 1e-3, silu,
+        *prologue, torch.empty(N, C) if case.gate else None, image(K) if case.residual else None,
+        case.allow_tf32, image(K), torch.empty(N, K) if case.pool else None,
+    )  # fmt: skip
+
+
+def call_expand(case: ExpandCase) -> None:
+    """Runs the one launcher of ``case``."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import mbconv as op
+
+    dtype = getattr(torch, case.dtype)
+    N, C, k, pad = 256, case.channels, case.kernel, case.kernel // 2
+    out = (case.size + 2 * pad - k) // case.stride + 1
+
+    def image(channels: int, size: int) -> torch.Tensor:
+        shape = (N, channels, size, size)
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    vectors = [torch.empty(C) for _ in range(4)]
+    silu = Activation.silu
+    op.expand_depthwise_out(
+        image(case.inputs, case.size), torch.empty(C, case.inputs, dtype=dtype), *vectors, 1e-3,
+        silu, torch.empty(C, 1, k, k, dtype=dtype), *vectors, 1e-3, case.stride, pad, pad, silu,
+        case.allow_tf32, image(C, out), torch.empty(N, C) if case.pool else None,
+    )  # fmt: skip
 
 
 def cuobjdump(cubin: bytes, *options: str) -> str:
@@ -246,7 +418,7 @@ def spills_in_loops(instructions: list[tuple[int, str, str]]) -> int:
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory and load instructions of a compiled kernel."""
+    """Registers, spilled bytes, shared memory, loads and stores of a compiled kernel."""
     cubin = kernel.asm["cubin"]
     found = re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(cubin, "--dump-resource-usage")
@@ -256,25 +428,30 @@ def usage(kernel: Any) -> dict[str, Any]:
         (int(address, 16), name, operands)
         for address, name, operands in INSTRUCTION.findall(cuobjdump(cubin, "-sass"))
     ]
-    loads: dict[str, int] = {}
+    widths: dict[str, dict[str, int]] = {"LDG": {}, "STG": {}}
     for _, name, _ in instructions:
-        if name.startswith("LDG"):
+        if name[:3] in widths:
             width = re.search(r"\.(U8|U16|S16|64|128)\b", name)
             bits = width[1].strip("US") if width else "32"
-            loads[bits] = loads.get(bits, 0) + 1
+            counts = widths[name[:3]]
+            counts[bits] = counts.get(bits, 0) + 1
     return {
         "registers": int(found[1]),
         "spilled": int(found[2]) + int(found[3]),
         "spills_in_loops": spills_in_loops(instructions),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "loads": dict(sorted(loads.items())),
+        "loads": dict(sorted(widths["LDG"].items())),
+        "stores": dict(sorted(widths["STG"].items())),
         "instructions": len(instructions),
     }
 
 
 def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
-    """What each kernel of each case uses, by "case: kernel"; the same kernel is compiled once."""
+    """What each kernel of each case uses, by "case: kernel"; the same kernel is compiled once.
+
+    Where a case compiles a kernel again, for other arguments, "kernel 2" follows and so on.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -292,10 +469,13 @@ def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
     for case in CASES:
         compiled.clear()
         call(case)
+        names: Counter[str] = Counter()
         for name, kernel in compiled:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                results[f"{case}: {name}"] = usage(kernel)
+                names[name] += 1
+                number = f" {names[name]}" if names[name] > 1 else ""
+                results[f"{case}: {name}{number}"] = usage(kernel)
     return results
 
 
@@ -353,12 +533,12 @@ def main() -> None:
     if not arguments.table:
         print(json.dumps(results))
         return
-    print("registers  spilled  in loops  shared  occupancy  instructions  loads")
+    print("registers  spilled  in loops  shared  occupancy  instructions  loads  stores")
     for kernel, used in results.items():
         print(
             f"{used['registers']:9}  {used['spilled']:7}  {used['spills_in_loops']:8}  "
             f"{used['shared']:6}  {occupancy(used):9.0%}  {used['instructions']:12}  "
-            f"{used['loads']}  {kernel}"
+            f"{used['loads']}  {used['stores']}  {kernel}"
         )
 
 

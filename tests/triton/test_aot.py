@@ -21,6 +21,11 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
     return aot.in_processes(aot.ARCHITECTURES)
 
 
+def is_product(kernel: str) -> bool:
+    """Whether ``kernel`` multiplies matrices on the tensor cores."""
+    return kernel.endswith(("pointwise_conv_kernel", "expand_depthwise_kernel"))
+
+
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
     """No kernel takes more registers or shared memory than the budget says."""
@@ -36,10 +41,16 @@ def test_within_budget(architecture: str, compiled: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_occupancy_and_spills(architecture: str, compiled: dict[str, Any]) -> None:
-    """Nothing is spilled, and three programs of four warps fit; two, with 7 x 7 taps' sums."""
+    """Nothing is spilled, and three programs of four warps fit; two, with 7 x 7 taps' sums, or one
+    of eight, with a product's.
+
+    Where the compiler may choose, it may keep a pair of registers in memory, outside the innermost
+    loops, for one program more a multiprocessor.
+    """
     for kernel, used in compiled[architecture].items():
-        assert used["spilled"] == 0, kernel
-        warps = 8 if "k7" in kernel and "grad_weight" in kernel else 12
+        chosen = used["registers"] <= 64 and used["spills_in_loops"] == 0
+        assert used["spilled"] <= (8 if chosen else 0), kernel
+        warps = 8 if is_product(kernel) or ("k7" in kernel and "grad_weight" in kernel) else 12
         assert aot.occupancy(used) >= warps / 64, kernel
 
 
@@ -58,9 +69,47 @@ def test_activations_load_16_bytes(architecture: str, compiled: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-def test_channel_kernels_load_16_bytes(architecture: str, compiled: dict[str, Any]) -> None:
-    """The pooling and the scaling of an image load nothing by less than 16 bytes."""
-    found = {k: used["loads"] for k, used in compiled[architecture].items() if "channel_" in k}
+def test_pixel_kernels_access_16_bytes(architecture: str, compiled: dict[str, Any]) -> None:
+    """Where channels are a multiple of 8, the kernels of BN and activation load nothing by less
+    than 16 bytes, and store images by as much; sums are a value or two a thread.
+    """
+    kernels = ("channel_statistics_kernel", "batch_norm_act_kernel", "batch_norm_act_grad")
+    found = {
+        name: used
+        for name, used in compiled[architecture].items()
+        if any(f": {kernel}" in name for kernel in kernels) and " 13x" not in name
+    }
+    assert found
+    for name, used in found.items():
+        assert used["loads"].keys() == {"128"}, name
+        assert "16" not in used["stores"], name
+        if "grad_input" in name:
+            assert used["stores"].keys() == {"128"}, name
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_scaling_reads_one_image(architecture: str, compiled: dict[str, Any]) -> None:
+    """Where the gradient's kernel only scales, it does not load the input of BN."""
+    found = [
+        used
+        for name, used in compiled[architecture].items()
+        if name.startswith("squeeze_excite forward") and "grad_input" in name
+    ]
+    assert found
+    for used in found:
+        # and the gate, 8 float32 values a thread at most
+        assert used["loads"]["128"] <= used["stores"]["128"] + 2
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_products_load_16_bytes(architecture: str, compiled: dict[str, Any]) -> None:
+    """Where channels are a multiple of 8, products load nothing by less than 32 bits, pixels and
+    weights by 16 bytes; vectors of a value a channel come as the accumulators lie.
+    """
+    found = {k: used["loads"] for k, used in compiled[architecture].items() if is_product(k)}
     assert found
     for kernel, loads in found.items():
-        assert loads.keys() == {"128"}, kernel
+        if "x13x" in kernel or " 13x" in kernel:
+            continue
+        assert "16" not in loads, kernel
+        assert loads["128"] >= 6, kernel
