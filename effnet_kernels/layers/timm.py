@@ -35,6 +35,7 @@ from effnet_kernels.layers.eligibility import (
     conv_padding,
     depthwise_conv_refusal,
     module_refusal,
+    op_refusal,
     pointwise_conv_refusal,
 )
 from effnet_kernels.layers.mbconv import (
@@ -78,7 +79,7 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn2", self.bn2):
             output: Tensor = super().forward(x)
             return output
-        if whole_refusal(self) is None:
+        if _takes_whole(self, self.bn2, x):
             return _run_whole(
                 self,
                 x,
@@ -112,7 +113,7 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn1", self.bn1):
             output: Tensor = super().forward(x)
             return output
-        if whole_refusal(self) is None and call_refusal(whole_op(self.bn1), x) is None:
+        if _takes_whole(self, self.bn1, x):
             return _run_whole(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
@@ -210,6 +211,12 @@ def norm_refusal(norm: BatchNormAct2d) -> str | None:
 
 def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
     return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
+
+
+def _takes_whole(
+    block: InvertedResidual | DepthwiseSeparableConv, norm: BatchNormAct2d, x: Tensor
+) -> bool:
+    return whole_refusal(block) is None and op_refusal(whole_op(norm), x) is None
 
 
 def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:

@@ -22,6 +22,7 @@ from effnet_kernels.layers.eligibility import (
     conv_padding,
     depthwise_conv_refusal,
     module_refusal,
+    op_refusal,
     pointwise_conv_refusal,
 )
 from effnet_kernels.layers.mbconv import (
@@ -66,8 +67,8 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
             _ACTIVATIONS[type(se.scale_activation)],
         )
         padding = conv_padding(depthwise_stage.conv)
-        norm = depthwise_stage.norm
-        if whole_refusal(self) is None and call_refusal(whole_op(norm), input) is None:
+        op = whole_op(depthwise_stage.norm)
+        if whole_refusal(self) is None and op_refusal(op, input) is None:
             block = Block(
                 None if expand is None else _stage(expand),
                 depthwise_stage,
