@@ -13,6 +13,17 @@ from torch.nn.modules import module as nn_module
 
 from effnet_kernels import backends
 
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid",
+}
+"""PyTorch's own modules by what the kernels call them."""
+
 
 def module_refusal(module: nn.Module) -> str | None:
     """Why ``module`` may not be bypassed: what else hangs on its being called."""
@@ -23,6 +34,12 @@ def module_refusal(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "has a forward of its own (patched on the instance)"
     return None
+
+
+def named_refusal(name: str, module: nn.Module) -> str | None:
+    """``module_refusal`` with the module's name before it."""
+    reason = module_refusal(module)
+    return None if reason is None else f"{name} {reason}"
 
 
 def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
@@ -48,8 +65,7 @@ def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
         return f"{name} has padding {padding}, not less than its kernel"
     if _is_wrapper(weight):
         return f"{name}.weight is a {type(weight).__name__}"
-    reason = module_refusal(conv)
-    return None if reason is None else f"{name} {reason}"
+    return named_refusal(name, conv)
 
 
 def pointwise_conv_refusal(name: str, conv: nn.Module) -> str | None:
@@ -65,8 +81,32 @@ def pointwise_conv_refusal(name: str, conv: nn.Module) -> str | None:
         return f"{name} has padding {conv.padding}"
     if _is_wrapper(conv.weight):
         return f"{name}.weight is a {type(conv.weight).__name__}"
-    reason = module_refusal(conv)
-    return None if reason is None else f"{name} {reason}"
+    return named_refusal(name, conv)
+
+
+def squeeze_excite_parts_refusal(
+    convs: dict[str, nn.Module],
+    activations: dict[str, tuple[nn.Module, tuple[str, ...]]],
+    names: dict[type[nn.Module], str],
+) -> str | None:
+    """Why the op cannot stand in for squeeze-and-excitation with these children, or None.
+
+    Args:
+        convs: the two 1x1 convolutions by name.
+        activations: the two activations by name, each with those that the op has in its place.
+        names: the activations by class.
+    """
+    for name, conv in convs.items():
+        reason = pointwise_conv_refusal(name, conv)
+        if reason is not None:
+            return reason
+    for name, (activation, known) in activations.items():
+        if names.get(type(activation), "") not in known:
+            return f"{name} is a {type(activation).__name__}, which no kernel knows"
+        reason = named_refusal(name, activation)
+        if reason is not None:
+            return reason
+    return None
 
 
 def conv_padding(conv: nn.Conv2d) -> str | tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
 from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv, mbconv_train
+from effnet_kernels.ops.checks import autocast_dtype
 
 
 class Stage(NamedTuple):
@@ -81,6 +82,21 @@ def whole_op(norm: nn.BatchNorm2d) -> str:
     """The op that ``run_mbconv`` runs a block on whose BNs are as ``norm``."""
     inference = not torch.is_grad_enabled() and not normalises_by_batch(norm)
     return "mbconv" if inference else "mbconv_train"
+
+
+def drawn_sample_scale(input: Tensor, keep: float, *, rescaled: bool) -> Tensor:
+    """What drop path multiplies each image by, (N,), drawn as timm and torchvision draw it.
+
+    Args:
+        input: of the block.
+        keep: the probability that an image stays.
+        rescaled: make up for those that do not.
+    """
+    dtype = autocast_dtype(input) or input.dtype
+    scale = input.new_empty((input.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
+    if keep > 0.0 and rescaled:
+        scale.div_(keep)
+    return scale.flatten()
 
 
 def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | None]) -> Tensor:

@@ -31,41 +31,38 @@ from effnet_kernels.layers.adapter import Adapter
 from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
+    ACTIVATIONS,
     call_refusal,
     conv_padding,
     depthwise_conv_refusal,
     module_refusal,
+    named_refusal,
     op_refusal,
     pointwise_conv_refusal,
+    squeeze_excite_parts_refusal,
 )
 from effnet_kernels.layers.mbconv import (
     Block,
     Excite,
     Stage,
+    drawn_sample_scale,
     run_mbconv,
     statistics_refusal,
     whole_op,
 )
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
-from effnet_kernels.ops.checks import autocast_dtype
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "depthwise_conv_bn_act"
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
+    **ACTIVATIONS,
     timm_act.Swish: "silu",
     timm_act_me.SwishMe: "silu",
-    nn.Hardswish: "hardswish",
     timm_act.HardSwish: "hardswish",
     timm_act_me.HardSwishMe: "hardswish",
-    nn.Sigmoid: "sigmoid",
     timm_act.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "hardsigmoid",
     timm_act.HardSigmoid: "hardsigmoid",
     timm_act_me.HardSigmoidMe: "hardsigmoid",
 }
@@ -192,8 +189,7 @@ def head_refusal(model: EfficientNet) -> str | None:
         return "conv_head has a bias"
     if type(norm) is not FusedBatchNormAct2d and type(norm) is not BatchNormAct2d:
         return f"bn2 is a {type(norm).__name__}, not a BatchNormAct2d"
-    reason = module_refusal(norm)
-    return _act_refusal("bn2", norm) if reason is None else f"bn2 {reason}"
+    return named_refusal("bn2", norm) or _act_refusal("bn2", norm)
 
 
 def conv_bn_act_refusal(block: ConvBnAct) -> str | None:
@@ -245,8 +241,7 @@ def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | Non
     if reason is not None:
         return reason
     if type(block.se) is nn.Identity:
-        reason = module_refusal(block.se)
-        return None if reason is None else f"se {reason}"
+        return named_refusal("se", block.se)
     return squeeze_excite_refusal(block.se)
 
 
@@ -282,15 +277,10 @@ def _run_whole(
 
 
 def _sample_scale(drop_path: Any, x: Tensor) -> Tensor | None:
-    """What timm's ``drop_path`` multiplies each image by, drawn as it draws it, or None."""
+    """What timm's ``drop_path`` multiplies each image by, or None."""
     if type(drop_path) is nn.Identity or not drop_path.training or drop_path.drop_prob == 0.0:
         return None
-    keep = 1 - drop_path.drop_prob
-    dtype = autocast_dtype(x) or x.dtype
-    scale = x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep)
-    if keep > 0.0 and drop_path.scale_by_keep:
-        scale.div_(keep)
-    return scale.flatten()
+    return drawn_sample_scale(x, 1 - drop_path.drop_prob, rescaled=drop_path.scale_by_keep)
 
 
 def _stage(conv: nn.Conv2d, norm: BatchNormAct2d) -> Stage:
@@ -315,8 +305,7 @@ def _norm_act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
     """Why ``norm`` is not BN and a known activation and nothing else."""
     if type(norm) is not BatchNormAct2d:
         return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
-    reason = module_refusal(norm)
-    return _act_refusal(name, norm) if reason is None else f"{name} {reason}"
+    return named_refusal(name, norm) or _act_refusal(name, norm)
 
 
 def _act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
@@ -325,11 +314,7 @@ def _act_refusal(name: str, norm: BatchNormAct2d) -> str | None:
         return f"{name}.act is a {type(act).__name__}, which no kernel knows"
     if type(drop) is not nn.Identity:
         return f"{name}.drop is a {type(drop).__name__}"
-    for part, module in (("act", act), ("drop", drop)):
-        reason = module_refusal(module)
-        if reason is not None:
-            return f"{name}.{part} {reason}"
-    return None
+    return named_refusal(f"{name}.act", act) or named_refusal(f"{name}.drop", drop)
 
 
 def _idle_refusal(block: Any) -> str | None:
@@ -340,9 +325,9 @@ def _idle_refusal(block: Any) -> str | None:
     ):
         if type(module) not in known:
             return f"{name} is a {type(module).__name__}"
-        reason = module_refusal(module)
+        reason = named_refusal(name, module)
         if reason is not None:
-            return f"{name} {reason}"
+            return reason
     return None
 
 
@@ -371,30 +356,13 @@ def _prologue(norm: BatchNormAct2d, dtype: torch.dtype) -> Prologue:
     return Prologue(scale, shift.to(accumulator), _ACTIVATIONS[type(norm.act)])
 
 
-def squeeze_excite_refusal(se: nn.Module) -> str | None:
+def squeeze_excite_refusal(se: Any) -> str | None:
     """Why the op cannot stand in for a block's ``se``, or None."""
     if type(se) is not SqueezeExcite:
         return f"se is a {type(se).__name__}, not a SqueezeExcite"
-    convs: tuple[tuple[str, Any], ...] = (
-        ("conv_reduce", se.conv_reduce),
-        ("conv_expand", se.conv_expand),
-    )
-    for name, conv in convs:
-        reason = pointwise_conv_refusal(f"se.{name}", conv)
-        if reason is not None:
-            return reason
-    activations: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-        ("act1", se.act1, HIDDEN_ACTIVATIONS),
-        ("gate", se.gate, GATES),
-    )
-    for name, activation, known in activations:
-        if _ACTIVATIONS.get(type(activation), "") not in known:
-            return f"se.{name} is a {type(activation).__name__}, which no kernel knows"
-        reason = module_refusal(activation)
-        if reason is not None:
-            return f"se.{name} {reason}"
-    reason = module_refusal(se)
-    return None if reason is None else f"se {reason}"
+    convs = {"se.conv_reduce": se.conv_reduce, "se.conv_expand": se.conv_expand}
+    activations = {"se.act1": (se.act1, HIDDEN_ACTIVATIONS), "se.gate": (se.gate, GATES)}
+    return squeeze_excite_parts_refusal(convs, activations, _ACTIVATIONS) or named_refusal("se", se)
 
 
 def _depthwise_squeeze_excite(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.efficientnet import MBConv
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
@@ -18,36 +17,28 @@ from effnet_kernels.layers.adapter import Adapter
 from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
+    ACTIVATIONS,
     call_refusal,
     conv_padding,
     depthwise_conv_refusal,
-    module_refusal,
+    named_refusal,
     op_refusal,
     pointwise_conv_refusal,
+    squeeze_excite_parts_refusal,
 )
 from effnet_kernels.layers.mbconv import (
     Block,
     Excite,
     Stage,
+    drawn_sample_scale,
     run_mbconv,
     statistics_refusal,
     whole_op,
 )
 from effnet_kernels.ops import squeeze_excite
-from effnet_kernels.ops.checks import autocast_dtype
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "mbconv"
-
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "identity",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "hardsigmoid",
-}
 
 
 class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
@@ -63,8 +54,8 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
         excite = Excite(
             se.fc1,
             se.fc2,
-            _ACTIVATIONS[type(se.activation)],
-            _ACTIVATIONS[type(se.scale_activation)],
+            ACTIVATIONS[type(se.activation)],
+            ACTIVATIONS[type(se.scale_activation)],
         )
         padding = conv_padding(depthwise_stage.conv)
         op = whole_op(depthwise_stage.norm)
@@ -115,7 +106,7 @@ def _children(block: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _stage(stage: Any) -> Stage:
-    return Stage(stage[0], stage[1], _ACTIVATIONS[type(stage[2])] if len(stage) > 2 else "identity")
+    return Stage(stage[0], stage[1], ACTIVATIONS[type(stage[2])] if len(stage) > 2 else "identity")
 
 
 def refusal(block: Any) -> str | None:
@@ -125,7 +116,7 @@ def refusal(block: Any) -> str | None:
     first = len(block.block) - 3
     _, depthwise, se, _ = _children(block)
     return (
-        module_refusal_named("block", block.block)
+        named_refusal("block", block.block)
         or _stage_refusal(f"block.{first}", depthwise)
         or depthwise_conv_refusal(f"block.{first}.0", depthwise[0])
         or _squeeze_excite_refusal(f"block.{first + 1}", se)
@@ -148,25 +139,14 @@ def whole_refusal(block: Any) -> str | None:
     if type(drop) is not StochasticDepth or drop.mode != "row":
         return "stochastic_depth does not drop whole images"
     norms = [stage[1] for stage in (expand, depthwise, project) if stage is not None]
-    return statistics_refusal(norms) or module_refusal_named("stochastic_depth", drop)
+    return statistics_refusal(norms) or named_refusal("stochastic_depth", drop)
 
 
 def _sample_scale(drop: Any, x: Tensor) -> Tensor | None:
-    """What ``drop`` multiplies each image by, drawn as torchvision draws it, or None."""
+    """What ``drop`` multiplies each image by, or None."""
     if not drop.training or drop.p == 0.0:
         return None
-    keep = 1.0 - drop.p
-    dtype = autocast_dtype(x) or x.dtype
-    scale = torch.empty((x.shape[0], 1, 1, 1), dtype=dtype, device=x.device).bernoulli_(keep)
-    if keep > 0.0:
-        scale.div_(keep)
-    return scale.flatten()
-
-
-def module_refusal_named(name: str, module: Any) -> str | None:
-    """``module_refusal`` with the module's name."""
-    reason = module_refusal(module)
-    return None if reason is None else f"{name} {reason}"
+    return drawn_sample_scale(x, 1.0 - drop.p, rescaled=True)
 
 
 def _stage_refusal(name: str, stage: Any) -> str | None:
@@ -176,8 +156,8 @@ def _stage_refusal(name: str, stage: Any) -> str | None:
     if type(stage[0]) is not nn.Conv2d:
         return f"{name}.0 is a {type(stage[0]).__name__}, not a Conv2d"
     return (
-        module_refusal_named(name, stage)
-        or module_refusal_named(f"{name}.0", stage[0])
+        named_refusal(name, stage)
+        or named_refusal(f"{name}.0", stage[0])
         or _norm_act_refusal(name, stage)
     )
 
@@ -189,10 +169,10 @@ def _norm_act_refusal(name: str, stage: Any) -> str | None:
         return f"{name}.1 is a {type(norm).__name__}, not a BatchNorm2d"
     if norm.num_features != conv.out_channels:
         return f"{name}.1 has {norm.num_features} channels, {name}.0 {conv.out_channels}"
-    if len(stage) == 3 and type(stage[2]) not in _ACTIVATIONS:
+    if len(stage) == 3 and type(stage[2]) not in ACTIVATIONS:
         return f"{name}.2 is a {type(stage[2]).__name__}, which no kernel knows"
     for i, module in enumerate(stage):
-        reason = None if i == 0 else module_refusal_named(f"{name}.{i}", module)
+        reason = None if i == 0 else named_refusal(f"{name}.{i}", module)
         if reason is not None:
             return reason
     return None
@@ -201,18 +181,15 @@ def _norm_act_refusal(name: str, stage: Any) -> str | None:
 def _squeeze_excite_refusal(name: str, se: Any) -> str | None:
     if type(se) is not SqueezeExcitation:
         return f"{name} is a {type(se).__name__}, not a SqueezeExcitation"
-    for part in ("fc1", "fc2"):
-        reason = pointwise_conv_refusal(f"{name}.{part}", getattr(se, part))
-        if reason is not None:
-            return reason
-    for part, known in (("activation", HIDDEN_ACTIVATIONS), ("scale_activation", GATES)):
-        activation = getattr(se, part)
-        if _ACTIVATIONS.get(type(activation), "") not in known:
-            return f"{name}.{part} is a {type(activation).__name__}, which no kernel knows"
-        reason = module_refusal_named(f"{name}.{part}", activation)
-        if reason is not None:
-            return reason
-    return module_refusal_named(f"{name}.avgpool", se.avgpool) or module_refusal_named(name, se)
+    convs = {f"{name}.{part}": getattr(se, part) for part in ("fc1", "fc2")}
+    activations = {
+        f"{name}.activation": (se.activation, HIDDEN_ACTIVATIONS),
+        f"{name}.scale_activation": (se.scale_activation, GATES),
+    }
+    reason = squeeze_excite_parts_refusal(convs, activations, ACTIVATIONS)
+    if reason is not None:
+        return reason
+    return named_refusal(f"{name}.avgpool", se.avgpool) or named_refusal(name, se)
 
 
 ADAPTERS: tuple[Adapter, ...] = (

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import FORWARD, GRADIENT
+from accuracy import FORWARD
 from fused_calls import Calls
+from layers.block_runs import assert_exact_enough, run
 from stock_models import assert_norm_error_rule, calibrate
 from torch import nn
 from torchvision.models import efficientnet as tv
@@ -41,21 +42,6 @@ def images(*, batch: int = 4, size: tuple[int, int] = (9, 12)) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def run(block: MBConv, x: torch.Tensor, training: bool) -> dict[str, torch.Tensor]:
-    """Output, gradients and buffers of one step."""
-    block.train(training)
-    x = x.detach().requires_grad_()
-    torch.manual_seed(7)  # for stochastic depth
-    y = block(x)
-    names = ["input", *(name for name, _ in block.named_parameters())]
-    grads = torch.autograd.grad(y, [x, *block.parameters()], torch.ones_like(y).cumsum(-1))
-    results = {"output": y, **{f"grad {n}": g for n, g in zip(names, grads, strict=True)}}
-    with torch.no_grad():
-        torch.manual_seed(7)
-        results["output without grad"] = block(x)
-    return results | dict(block.named_buffers())
-
-
 def assert_same(stock: MBConv, fused: MBConv, x: torch.Tensor, *, whole: int) -> None:
     """The error rule for everything ``run`` gives, and what ran."""
     exact = copy.deepcopy(stock).double()
@@ -64,12 +50,7 @@ def assert_same(stock: MBConv, fused: MBConv, x: torch.Tensor, *, whole: int) ->
         with Calls() as calls:
             ours = run(fused, x, training)
         assert (calls.whole, calls.fused) == (whole, 2)
-        for name, truth in run(exact, x.double(), training).items():
-            if not truth.is_floating_point():
-                assert torch.equal(ours[name], truth), name
-                continue
-            factor = GRADIENT if name.startswith("grad") else FORWARD
-            assert_norm_error_rule(name, ours[name], eager[name], truth, factor)
+        assert_exact_enough(ours, eager, run(exact, x.double(), training))
 
 
 @pytest.mark.parametrize(
