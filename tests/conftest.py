@@ -24,6 +24,11 @@ from devices import device_of
 from effnet_kernels import backends
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all-models`` runs large models too, which takes some ten minutes of two cores."""
+    parser.addoption("--all-models", action="store_true", help="compare large models too")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none."""
     if torch.cuda.is_available():

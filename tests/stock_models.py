@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
+import timm
 import torch
 from accuracy import relative_errors
+from timm.models._registry import _model_to_module
 from torch import Tensor, nn
+
+FAMILIES = ("efficientnet", "mobilenetv3", "hardcorenas", "mobilenetv5")
+
+
+@functools.cache
+def family() -> tuple[str, ...]:
+    """Every timm model of the MobileNet and EfficientNet families."""
+    return tuple(n for n in timm.list_models() if _model_to_module[n] in FAMILIES)
+
+
+@functools.cache
+def without_memory(name: str) -> nn.Module:
+    """A timm model on the meta device: its structure, at no cost."""
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 @torch.no_grad()

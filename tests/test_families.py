@@ -9,19 +9,16 @@ import functools
 import re
 
 import pytest
-import timm
 import torch
 from accuracy import FORWARD, GRADIENT
-from stock_models import assert_norm_error_rule, calibrate
+from stock_models import assert_norm_error_rule, calibrate, family, without_memory
 from timm.models import _efficientnet_blocks as timm_blocks
-from timm.models._registry import _model_to_module
 from torch import Tensor, nn
 
 from effnet_kernels import convert, report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ("efficientnet", "mobilenetv3", "hardcorenas", "mobilenetv5")
 STOCK = ("ConvBnAct", "DepthwiseSeparableConv", "InvertedResidual")
 LEFT = (
     r"timm's \w+ is not supported",
@@ -34,23 +31,12 @@ LEFT = (
 """Why blocks stay stock."""
 
 
-@functools.cache
-def _model(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name)
-
-
-def _names(part: int) -> list[str]:
-    names = [n for n in timm.list_models() if _model_to_module[n] in FAMILIES]
-    return names[part::4]
-
-
 @pytest.mark.parametrize("part", range(4))
 def test_every_model(part: int) -> None:
     """All blocks of the supported classes are taken, or the report says why not."""
     whole = 0
-    for name in _names(part):
-        model = copy.copy(_model(name))
+    for name in family()[part::4]:
+        model = copy.copy(without_memory(name))
         entries = report(model)
         reasons = {e.name: e.reason for e in entries if e.reason != "not converted"}
         for reason in reasons.values():
@@ -73,11 +59,10 @@ def _signature(block: nn.Module) -> str:
 def _kinds() -> dict[str, tuple[str, str]]:
     """(model, path) of one block of each kind that there is, by a short name."""
     kinds: dict[str, tuple[str, str]] = {}
-    for part in range(4):
-        for name in _names(part):
-            for path, block in _model(name).named_modules():
-                if type(block).__module__ == timm_blocks.__name__ and type(block).__name__ in STOCK:
-                    kinds.setdefault(_signature(block), (name, path))
+    for name in family():
+        for path, block in without_memory(name).named_modules():
+            if type(block).__module__ == timm_blocks.__name__ and type(block).__name__ in STOCK:
+                kinds.setdefault(_signature(block), (name, path))
     return kinds
 
 
@@ -105,7 +90,7 @@ def test_every_kind_of_block() -> None:
     """One block of each kind, in evaluation and training, by the error rule in norm."""
     checked = 0
     for name, path in _kinds().values():
-        block = _model(name).get_submodule(path)
+        block = without_memory(name).get_submodule(path)
         convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
         if max(m.in_channels for m in convolutions) > 400:
             continue  # a kind that only wide blocks have is another's but for its drop path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch import Tensor
 from effnet_kernels import ops
 from effnet_kernels.bench import kernels, shapes
 from effnet_kernels.bench.kernels import EPS
-from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.shapes import Mbconv
 
 NAME = "kernels-mbconv"
@@ -117,15 +117,8 @@ def _conv_bn(conv: kernels.ConvBn, activation: str) -> ops.ConvBn:
     return ops.ConvBn(conv.weight, bn.mean, bn.var, bn.weight, bn.bias, EPS, activation)
 
 
-def match(
-    problem: Problem,
-    device: torch.device,
-    *,
-    only: Sequence[str] | None = None,
-    cold: bool = False,
-) -> Match:
-    """The contenders on one problem; see ``kernels.match``."""
-    return kernels.match(problem, device, Block, OurBlock, only=only, cold=cold)
+match = functools.partial(kernels.match, stock=Block, fused=OurBlock)
+"""The contenders on one problem; see ``kernels.match``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from effnet_kernels.bench import kernels, shapes
 from effnet_kernels.bench.kernels import EPS, ConvBn
-from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.shapes import Pointwise
 from effnet_kernels.ops import pointwise_conv_bn_act
 
@@ -97,15 +97,8 @@ class OurBlock(Block):
         return (result.output,) if result.pooled is None else (result.output, result.pooled)
 
 
-def match(
-    problem: Problem,
-    device: torch.device,
-    *,
-    only: Sequence[str] | None = None,
-    cold: bool = False,
-) -> Match:
-    """The contenders on one problem; see ``kernels.match``."""
-    return kernels.match(problem, device, Block, OurBlock, only=only, cold=cold)
+match = functools.partial(kernels.match, stock=Block, fused=OurBlock)
+"""The contenders on one problem; see ``kernels.match``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

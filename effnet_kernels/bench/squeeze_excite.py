@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from effnet_kernels.bench import kernels, shapes
-from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.shapes import SqueezeExcite
 from effnet_kernels.ops import squeeze_excite
 
@@ -87,15 +87,8 @@ class OurBlock(Block):
         )  # fmt: skip
 
 
-def match(
-    problem: Problem,
-    device: torch.device,
-    *,
-    only: Sequence[str] | None = None,
-    cold: bool = False,
-) -> Match:
-    """The contenders on one problem; see ``kernels.match``."""
-    return kernels.match(problem, device, Block, OurBlock, only=only, cold=cold)
+match = functools.partial(kernels.match, stock=Block, fused=OurBlock)
+"""The contenders on one problem; see ``kernels.match``."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,7 @@ from effnet_kernels.layers.mbconv import (
 )
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
+from effnet_kernels.ops.prologue import affine
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "depthwise_conv_bn_act"
@@ -93,7 +94,7 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
         if torch.is_grad_enabled() or not _is_affine(self.bn1):
             x = self.bn1(x)
         else:
-            prologue = _prologue(self.bn1, x.dtype)
+            prologue = _prologue(self.bn1)
         x = _depthwise_squeeze_excite(self, x, self.bn2, prologue)
         x = self.conv_pwl(x)
         x = self.bn3(x)
@@ -341,19 +342,13 @@ def _is_affine(norm: BatchNormAct2d) -> bool:
     )
 
 
-def _prologue(norm: BatchNormAct2d, dtype: torch.dtype) -> Prologue:
+def _prologue(norm: BatchNormAct2d) -> Prologue:
     """``norm`` in inference as the op's prologue.
 
     Computed at each call: a cache could not see weights changed through ``.data``.
     """
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, var = norm.running_mean, norm.running_var
-    weight, bias = norm.weight, norm.bias
-    scale = (var.to(accumulator) + norm.eps).rsqrt_()
-    if weight is not None:
-        scale = scale.mul_(weight)
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    return Prologue(scale, shift.to(accumulator), _ACTIVATIONS[type(norm.act)])
+    scale, shift, _ = affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    return Prologue(scale, shift, _ACTIVATIONS[type(norm.act)])
 
 
 def squeeze_excite_refusal(se: Any) -> str | None:

@@ -102,24 +102,12 @@ def batch_norm_act(
     checks.check_image("input", input)
     n, channels, height, width = input.shape
     device = input.device
-    for argument, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("bn_weight", bn_weight),
-        ("bn_bias", bn_bias),
-    ):
-        checks.check_channel_vector(argument, vector, channels, device)
-    if not training and (running_mean is None or running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing}: got None, expected a ({channels},) tensor unless training")
+    checks.check_batch_norm(
+        running_mean, running_var, bn_weight, bn_bias, channels, device, training=training
+    )
     checks.check_eps("eps", eps)
     code = int(activation_code("activation", activation))
-    if residual is not None:
-        checks.check_shape("residual", residual, (n, channels, height, width), device)
-        if residual.dtype != input.dtype:
-            raise TypeError(
-                f"residual: got dtype {residual.dtype}, expected {input.dtype}, input's"
-            )
+    checks.check_residual(residual, (n, channels, height, width), input)
     if sample_scale is not None:
         checks.check_shape("sample_scale", sample_scale, (n,), device)
     if training and n * height * width == 1:

@@ -74,6 +74,48 @@ def check_channel_vector(
     check_same_device(argument, tensor, device)
 
 
+def check_batch_norm(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    channels: int,
+    device: torch.device,
+    *,
+    training: bool,
+) -> None:
+    """BN's vectors are (C,) or None, the running ones given unless ``training``.
+
+    Raises:
+        TypeError: one is neither None nor a floating-point tensor.
+        ValueError: one has another shape or device, or is missing.
+    """
+    for argument, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+    ):
+        check_channel_vector(argument, vector, channels, device)
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: got None, expected a ({channels},) tensor unless training")
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...], input: Tensor) -> None:
+    """``residual`` is None or an image of ``shape`` in ``input``'s dtype.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape or device.
+    """
+    if residual is None:
+        return
+    check_shape("residual", residual, shape, input.device)
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: got dtype {residual.dtype}, expected {input.dtype}, input's")
+
+
 def check_shape(
     argument: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
 ) -> None:

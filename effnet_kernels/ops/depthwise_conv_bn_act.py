@@ -152,16 +152,9 @@ def depthwise_conv_bn_act(
             weight = weight.to(low)
     channels = input.shape[1]
     check_weight("weight", weight, input, channels)
-    for argument, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("bn_weight", bn_weight),
-        ("bn_bias", bn_bias),
-    ):
-        checks.check_channel_vector(argument, vector, channels, device)
-    if not training and (running_mean is None or running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing}: got None, expected a ({channels},) tensor unless training")
+    checks.check_batch_norm(
+        running_mean, running_var, bn_weight, bn_bias, channels, device, training=training
+    )
     stride = check_stride(stride)
     dilation = checks.one_or_pair("dilation", dilation)
     if dilation != 1:
@@ -436,13 +429,7 @@ _PROLOGUE = "Tensor? prologue_scale, Tensor? prologue_shift, int prologue_activa
 
 
 def _empty_output(input: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
-    height, width = output_hw(input, weight, stride, padding)
-    return torch.empty(
-        (input.shape[0], input.shape[1], height, width),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last,
-    )
+    return library.empty_image(input, input.shape[1], *output_hw(input, weight, stride, padding))
 
 
 def _empty_vector(input: Tensor, *shape: int) -> Tensor:

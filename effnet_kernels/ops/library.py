@@ -16,11 +16,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from effnet_kernels import backends
 
 _COMPILED = torch.library.Library("effnet_kernels", "DEF")
 _TRITON = torch.library.Library("effnet_kernels_triton", "DEF")
+
+
+def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """A channels-last image as ``like``, but for its channels and size; not initialised."""
+    return torch.empty(
+        (like.shape[0], channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def register(
@@ -114,7 +125,7 @@ def _differentiate(
 
     def autograd(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+            isinstance(x, Tensor) and x.requires_grad for x in inputs
         ):
             return Derivative.apply(*inputs)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():

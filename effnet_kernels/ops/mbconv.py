@@ -381,6 +381,37 @@ def kernel_squeeze_excite(squeeze_excite: SqueezeExcite | None, input: Tensor) -
 # --------------------------------------------------------------------------------------------------
 
 
+def block_arguments(statistics: str) -> str:
+    """The schema's arguments of a block, up to what ops differ in.
+
+    Args:
+        statistics: the type of running means and variances.
+    """
+
+    def conv(stage: str, weight: str, vectors: str) -> str:
+        return (
+            f"{weight} {stage}_weight, {vectors} {stage}_mean, {vectors} {stage}_var, "
+            f"Tensor? {stage}_bn_weight, Tensor? {stage}_bn_bias, float {stage}_eps, "
+            f"int {stage}_activation"
+        )
+
+    return (
+        f"Tensor input, {conv('expand', 'Tensor?', 'Tensor?')}, "
+        f"{conv('depthwise', 'Tensor', statistics)}, int stride, SymInt[4] padding, "
+        "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
+        f"int se_activation, int gate_activation, {conv('project', 'Tensor', statistics)}"
+    )
+
+
+def names_of(arguments: str) -> tuple[str, ...]:
+    """The names in a schema's list of arguments."""
+    return tuple(argument.split()[-1] for argument in arguments.split(", "))
+
+
+_ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
+_NAMES = names_of(_ARGUMENTS)
+
+
 def _empty_output(
     input: Tensor,
     depthwise_weight: Tensor,
@@ -389,17 +420,7 @@ def _empty_output(
     padding: Sequence[int],
 ) -> Tensor:
     height, width = output_hw(input, depthwise_weight, stride, padding)
-    return empty_image(input, project_weight.shape[0], height, width)
-
-
-def empty_image(input: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """A channels-last image like ``input``, but for its channels and size; not initialised."""
-    return torch.empty(
-        (input.shape[0], channels, height, width),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last,
-    )
+    return library.empty_image(input, project_weight.shape[0], height, width)
 
 
 def _inference(
@@ -425,7 +446,7 @@ def _inference(
     n, _, height, width = input.shape
     channels = depthwise_weight.shape[0]
     out_h, out_w = output.shape[2:]
-    depthwise = empty_image(input, channels, out_h, out_w)
+    depthwise = library.empty_image(input, channels, out_h, out_w)
     values = torch.empty(
         (2, n, channels) if reduce_weight is not None else (0,),
         dtype=checks.accumulator(input),
@@ -450,7 +471,7 @@ def _inference(
     else:
         expanded = input
         if expand_weight is not None:
-            expanded = empty_image(input, channels, height, width)
+            expanded = library.empty_image(input, channels, height, width)
             backends.kernel(backend, "pointwise_conv_bn_act_out")(
                 input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None
             )
@@ -471,36 +492,17 @@ def _inference(
     return output
 
 
-def _inference_fake(
-    input: Tensor,
-    expand_weight: Tensor | None, expand_mean: Tensor | None, expand_var: Tensor | None,
-    expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None, expand_eps: float,
-    expand_activation: int,
-    depthwise_weight: Tensor, depthwise_mean: Tensor, depthwise_var: Tensor,
-    depthwise_bn_weight: Tensor | None, depthwise_bn_bias: Tensor | None, depthwise_eps: float,
-    depthwise_activation: int, stride: int, padding: Sequence[int],
-    reduce_weight: Tensor | None, reduce_bias: Tensor | None,
-    excite_weight: Tensor | None, excite_bias: Tensor | None,
-    se_activation: int, gate_activation: int,
-    project_weight: Tensor, project_mean: Tensor, project_var: Tensor,
-    project_bn_weight: Tensor | None, project_bn_bias: Tensor | None, project_eps: float,
-    project_activation: int, residual: bool, allow_tf32: bool,
-) -> Tensor:  # fmt: skip
-    return _empty_output(input, depthwise_weight, project_weight, stride, padding)
+def _inference_fake(input: Tensor, *rest: Any) -> Tensor:
+    named = dict(zip(_NAMES, (input, *rest), strict=True))
+    return _empty_output(
+        input, named["depthwise_weight"], named["project_weight"], named["stride"],
+        named["padding"],
+    )  # fmt: skip
 
 
 _OPS: dict[str, Any] = library.register(
     OP,
-    "(Tensor input, Tensor? expand_weight, Tensor? expand_mean, Tensor? expand_var, "
-    "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
-    "Tensor depthwise_weight, Tensor depthwise_mean, Tensor depthwise_var, "
-    "Tensor? depthwise_bn_weight, Tensor? depthwise_bn_bias, float depthwise_eps, "
-    "int depthwise_activation, int stride, SymInt[4] padding, "
-    "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
-    "int se_activation, int gate_activation, "
-    "Tensor project_weight, Tensor project_mean, Tensor project_var, "
-    "Tensor? project_bn_weight, Tensor? project_bn_bias, float project_eps, "
-    "int project_activation, bool residual, bool allow_tf32) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     implementation=_inference,
     fake=_inference_fake,
 )

@@ -46,20 +46,22 @@ from torch import Tensor
 
 from effnet_kernels import backends
 from effnet_kernels.ops import checks, library
-from effnet_kernels.ops.batch_norm_act import BatchNorm, backward_out, per_sample
+from effnet_kernels.ops.batch_norm_act import backward_out, per_sample
 from effnet_kernels.ops.batch_norm_act import reference as batch_norm_reference
 from effnet_kernels.ops.depthwise_conv_bn_act import output_hw
 from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
 from effnet_kernels.ops.mbconv import (
     ConvBn,
     SqueezeExcite,
+    block_arguments,
     check_block,
-    empty_image,
     kernel_conv_bn,
     kernel_squeeze_excite,
+    names_of,
     no_residual,
     to_autocast,
 )
+from effnet_kernels.ops.prologue import affine
 from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
 
 OP = "mbconv_train"
@@ -257,19 +259,26 @@ def _statistics(mean: Tensor | None, var: Tensor | None, of: Tensor) -> Statisti
 # --------------------------------------------------------------------------------------------------
 
 
+_ARGUMENTS = f"{block_arguments('Tensor?')}, bool residual, Tensor? sample_scale, bool training"
+_NAMES = names_of(_ARGUMENTS)
+_SAVED = (
+    "input", "means", "variances", "expanded", "conv", "projected", "gate_values", "hidden",
+)  # fmt: skip
+"""What backward is given before those arguments that it shares with forward:"""
+_BACKWARD_ARGUMENTS = ", ".join(
+    argument
+    for argument, name in zip(_ARGUMENTS.split(", "), _NAMES, strict=True)
+    if not name.endswith(("_mean", "_var")) and name not in ("input", "reduce_bias", "excite_bias")
+)
+_BACKWARD_NAMES = names_of(_BACKWARD_ARGUMENTS)
+_BACKWARD_TENSORS = tuple(
+    name for name in _BACKWARD_NAMES if name.endswith(("_weight", "_bias", "_scale"))
+)
+
+
 def _rows(image: Tensor) -> Tensor:
     """A channels-last image as the matrix (pixels, C) that it is."""
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
-
-
-def _affine(bn: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """BN as ``x * scale + shift``, which is how a prologue has it, and 1 / sqrt(var + eps)."""
-    mean, var, weight, bias, eps = bn
-    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    mean, invstd = mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
-    scale = invstd if weight is None else invstd * weight
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    return scale, shift.to(dtype), invstd
 
 
 def _allocate(
@@ -284,13 +293,13 @@ def _allocate(
     vectors = sum(_sizes(input, expand_weight, depthwise_weight, project_weight)) * training
     gated = (0, 0) if reduce_weight is None else (n, channels)
     return (
-        empty_image(input, features, out_h, out_w),
+        library.empty_image(input, features, out_h, out_w),
         input.new_empty(vectors, dtype=dtype),
         input.new_empty(vectors, dtype=dtype),
         input.new_empty(0) if expand_weight is None
-        else empty_image(input, channels, height, width),
-        empty_image(input, channels, out_h, out_w),
-        empty_image(input, features, out_h, out_w),
+        else library.empty_image(input, channels, height, width),
+        library.empty_image(input, channels, out_h, out_w),
+        library.empty_image(input, features, out_h, out_w),
         input.new_empty((2, *gated), dtype=dtype),
         input.new_empty((0, 0) if reduce_weight is None else (n, reduce_weight.shape[0]),
                         dtype=dtype),
@@ -338,7 +347,7 @@ def _forward(
         mean, var = normalised_by[0]
         if training:
             kernel("channel_statistics_out", expanded, mean, var)
-        scale, shift, _ = _affine((mean, var, expand_bn_weight, expand_bn_bias, expand_eps))
+        scale, shift, _ = affine(mean, var, expand_bn_weight, expand_bn_bias, expand_eps)
     mean, var = normalised_by[1]
     kernel(
         "depthwise_conv_bn_act_train_out", input if expand_weight is None else expanded,
@@ -491,7 +500,7 @@ def _backward(
             grad_input.add_(grad_output)
         return grads
     bn = (mean[0], var[0], expand_bn_weight, expand_bn_bias, expand_eps)
-    scale, shift, invstd = _affine(bn)
+    scale, shift, invstd = affine(*bn)
     grad_scale, grad_shift = torch.empty_like(scale), grad_bias[0]
     grad_expanded = torch.empty_like(expanded)
     kernel(
@@ -515,40 +524,12 @@ def _backward(
     return grads
 
 
-_CONV = (
-    "Tensor{0} {1}_weight, Tensor? {1}_mean, Tensor? {1}_var, Tensor? {1}_bn_weight, "
-    "Tensor? {1}_bn_bias, float {1}_eps, int {1}_activation"
-)
-_SCHEMA = (
-    "(Tensor input, "
-    + _CONV.format("?", "expand")
-    + ", "
-    + _CONV.format("", "depthwise")
-    + ", int stride, SymInt[4] padding, Tensor? reduce_weight, Tensor? reduce_bias, "
-    "Tensor? excite_weight, Tensor? excite_bias, int se_activation, int gate_activation, "
-    + _CONV.format("", "project")
-    + ", bool residual, Tensor? sample_scale, bool training)"
-)
-_NAMES = tuple(argument.split()[-1] for argument in _SCHEMA.strip("()").split(", "))
-
-
-def _backward_fake(
-    grad_output: Tensor, input: Tensor, means: Tensor, variances: Tensor,
-    expanded: Tensor, conv: Tensor, projected: Tensor, values: Tensor, hidden: Tensor,
-    expand_weight: Tensor | None, expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None,
-    expand_eps: float, expand_activation: int,
-    depthwise_weight: Tensor, depthwise_bn_weight: Tensor | None,
-    depthwise_bn_bias: Tensor | None, depthwise_eps: float, depthwise_activation: int,
-    stride: int, padding: Sequence[int],
-    reduce_weight: Tensor | None, excite_weight: Tensor | None,
-    se_activation: int, gate_activation: int,
-    project_weight: Tensor, project_bn_weight: Tensor | None, project_bn_bias: Tensor | None,
-    project_eps: float, project_activation: int,
-    residual: bool, sample_scale: Tensor | None, training: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_fake(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    named = dict(zip(_BACKWARD_NAMES, rest[len(_SAVED) - 1 :], strict=True))
     return _allocate_backward(
-        input, expand_weight, depthwise_weight, reduce_weight, excite_weight, project_weight
-    )
+        input, named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
+        named["excite_weight"], named["project_weight"],
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -566,22 +547,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
             ])
             for kind in ("mean", "var")
         )  # fmt: skip
-    ctx.settings = {name: value for name, value in named.items() if name in _BACKWARD_SETTINGS}
+    ctx.settings = {name: named[name] for name in _BACKWARD_NAMES if name not in _BACKWARD_TENSORS}
     ctx.save_for_backward(
         named["input"], means, variances, expanded, conv, projected, values, hidden,
         *(named[name] for name in _BACKWARD_TENSORS),
     )  # fmt: skip
-
-
-_BACKWARD_NAMES = tuple(
-    name
-    for name in _NAMES[1:]
-    if not name.endswith(("_mean", "_var")) and name not in ("reduce_bias", "excite_bias")
-)
-_BACKWARD_TENSORS = tuple(
-    name for name in _BACKWARD_NAMES if name.endswith(("_weight", "_bias", "_scale"))
-)
-_BACKWARD_SETTINGS = frozenset(_BACKWARD_NAMES) - frozenset(_BACKWARD_TENSORS)
 
 
 def _autograd_backward(
@@ -591,13 +561,13 @@ def _autograd_backward(
     if grad_output is None:
         return (None,) * len(needs)
     saved = ctx.saved_tensors
-    tensors = dict(zip(_BACKWARD_TENSORS, saved[8:], strict=True))
+    tensors = dict(zip(_BACKWARD_TENSORS, saved[len(_SAVED) :], strict=True))
     named = tensors | ctx.settings
     (
         grad_input, grad_expand, grad_depthwise, grad_reduce, grad_reduce_bias, grad_excite,
         grad_excite_bias, grad_project, grad_bn_weights, grad_bn_biases,
     ) = _BACKWARD[backend](
-        grad_output, *saved[:8], *(named[name] for name in _BACKWARD_NAMES)
+        grad_output, *saved[: len(_SAVED)], *(named[name] for name in _BACKWARD_NAMES)
     )  # fmt: skip
     sizes = _sizes(
         grad_input, tensors["expand_weight"], tensors["depthwise_weight"],
@@ -629,8 +599,8 @@ def _autograd_backward(
 
 _FORWARD: dict[str, Any] = library.register(
     OP,
-    f"{_SCHEMA} -> (Tensor output, Tensor means, Tensor variances, Tensor expanded, Tensor conv, "
-    "Tensor projected, Tensor gate_values, Tensor hidden)",
+    f"({_ARGUMENTS}) -> (Tensor output, Tensor means, Tensor variances, Tensor expanded, "
+    "Tensor conv, Tensor projected, Tensor gate_values, Tensor hidden)",
     implementation=_forward,
     fake=_forward_fake,
     on_cpu=True,
@@ -638,13 +608,9 @@ _FORWARD: dict[str, Any] = library.register(
 library.differentiable(OP, backward=_autograd_backward, setup_context=_setup_context)
 _BACKWARD: dict[str, Any] = library.register(
     f"{OP}_backward",
-    "(Tensor grad_output, Tensor input, Tensor means, Tensor variances, Tensor expanded, "
-    "Tensor conv, Tensor projected, Tensor gate_values, Tensor hidden, "
-    + ", ".join(
-        argument
-        for argument in _SCHEMA.strip("()").split(", ")
-        if argument.split()[-1] in _BACKWARD_NAMES
-    )
+    "(Tensor grad_output, "
+    + "".join(f"Tensor {name}, " for name in _SAVED)
+    + _BACKWARD_ARGUMENTS
     + ") -> (Tensor grad_input, Tensor grad_expand_weight, Tensor grad_depthwise_weight, "
     "Tensor grad_reduce_weight, Tensor grad_reduce_bias, Tensor grad_excite_weight, "
     "Tensor grad_excite_bias, Tensor grad_project_weight, Tensor grad_bn_weights, "

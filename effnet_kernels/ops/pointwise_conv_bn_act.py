@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_kernels import backends
-from effnet_kernels.activations import EAGER, Activation, activation_code
+from effnet_kernels.activations import activation_code
 from effnet_kernels.ops import checks, library
+from effnet_kernels.ops.batch_norm_act import reference as batch_norm_reference
 from effnet_kernels.ops.prologue import (
     Prologue,
     check_prologue,
@@ -136,12 +137,7 @@ def pointwise_conv_bn_act(
     prologue_code = check_prologue(prologue, channels, device)
     if gate is not None:
         checks.check_shape("gate", gate, (n, channels), device)
-    if residual is not None:
-        checks.check_shape("residual", residual, (n, features, height, width), device)
-        if residual.dtype != input.dtype:
-            raise TypeError(
-                f"residual: got dtype {residual.dtype}, expected {input.dtype}, input's"
-            )
+    checks.check_residual(residual, (n, features, height, width), input)
 
     backend = backends.select(OP, input)
     if backend == backends.EAGER:
@@ -202,17 +198,10 @@ def reference(
     autocast = torch.amp.is_autocast_available(device)  # the meta device, for one, has none
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         y = F.conv2d(x, weight.flatten(1)[:, :, None, None])
-        mean, var, bn_weight, bn_bias = (
-            # batch_norm takes no mixture with float64
-            t.double() if t is not None and y.dtype == torch.float64 else t
-            for t in (running_mean, running_var, bn_weight, bn_bias)
-        )
-        y = EAGER[Activation[activation]](
-            F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
-        )
-        if residual is not None:
-            y = y + residual
-    y = y.contiguous(memory_format=torch.channels_last)
+    y = batch_norm_reference(
+        y, running_mean, running_var, bn_weight, bn_bias, False, eps, activation,
+        residual=residual, sample_scale=None,
+    ).output  # fmt: skip
     return PointwiseConvBnActOutput(y, y.sum((2, 3), dtype=checks.accumulator(y)) if pool else None)
 
 
@@ -225,12 +214,7 @@ def allocate(input: Tensor, weight: Tensor, pool: bool) -> tuple[Tensor, Tensor]
     """The output and its sums (no elements unless ``pool``)."""
     n, _, height, width = input.shape
     features = weight.shape[0]
-    output = torch.empty(
-        (n, features, height, width),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=torch.channels_last,
-    )
+    output = library.empty_image(input, features, height, width)
     pooled = torch.empty(
         (n, features) if pool else (0,), dtype=checks.accumulator(input), device=input.device
     )

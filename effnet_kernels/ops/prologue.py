@@ -25,6 +25,21 @@ class Prologue(NamedTuple):
     activation: str = "identity"
 
 
+def affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BN by ``mean`` and biased ``var`` as a prologue has it: ``x * scale + shift``.
+
+    Returns:
+        (scale, shift, 1 / sqrt(var + eps)), (C,) each, float32 or float64.
+    """
+    dtype = checks.accumulator(mean)
+    mean, invstd = mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
+    scale = invstd if weight is None else invstd * weight
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    return scale, shift.to(dtype), invstd
+
+
 def check_prologue(prologue: Any, channels: int, device: torch.device) -> int:
     """``prologue`` is None or a ``Prologue`` of an input with C channels; its activation's code.
 
