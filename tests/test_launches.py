@@ -1,8 +1,7 @@
 """What a GPU launches and moves for EfficientNet-B0 in inference, counted without one.
 
-The ops' kernels are replaced by a note of their name and tensors and compute nothing; the ops that
-stay PyTorch's run as ever. A kernel of ours is one launch here. Where its launcher adds small ones
-(partial sums of an image that several blocks share, a filter turned around) they are not seen.
+The launchers run; every kernel that they launch is replaced by a note of its name and tensors and
+computes nothing. The ops that stay PyTorch's run as ever, those within launchers too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import effnet_kernels
-from effnet_kernels import backends, use_backend
+from effnet_kernels import use_backend
+from effnet_kernels.triton import depthwise_conv_bn_act
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,13 +79,10 @@ class Launches(TorchDispatchMode):
         )
         self.list.append(Launch(self._where, name, moved))
 
-    def kernel(self, backend: str, name: str) -> Callable[..., None]:
-        """In place of ``backends.kernel``."""
-
-        def launch(*arguments: Any) -> None:
-            self.note(name, [t for t in arguments if isinstance(t, Tensor)])
-
-        return launch
+    def kernel(self, kernel: Any, *arguments: Any, **_: Any) -> None:
+        """In place of the launch of a Triton kernel."""
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        self.note(name, [t for t in arguments if isinstance(t, Tensor)])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes ``func`` where it launches, and runs it."""
@@ -125,7 +122,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, batch: int, *, converted: bool) ->
     images = torch.zeros(batch, 3, SIZE, SIZE, dtype=torch.bfloat16, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     found = Launches(model, device)
-    monkeypatch.setattr(backends, "kernel", found.kernel)
+    kind = type(depthwise_conv_bn_act.depthwise_conv_kernel)
+    monkeypatch.setattr(kind, "run", lambda kernel, *a, **options: found.kernel(kernel, *a))
     with torch.no_grad(), use_backend("triton"), found:
         model(images)
     return found

@@ -29,9 +29,10 @@ strips do not overlap. Recomputing grad_conv in the input kernel, 5y + 2x, would
 activation's derivative once per filter column and halo, about k * (ROWS + k - 1) / ROWS times an
 element, which costs more than the bytes.
 
-The filter is first copied to (k*k, C) float32, a kernel of a microsecond: in its own (C, 1, k, k)
-layout the weights of neighbouring channels are k*k apart, and every load would touch as many cache
-lines as it has threads.
+The filter is first copied to (k*k, C) float32, a launch of a microsecond or two: in its own
+(C, 1, k, k) layout the weights of neighbouring channels are k*k apart, and every load would touch
+as many cache lines as it has threads. For small images, where a launch costs more, it is read as it
+is (``PACKED``: see ``filter_taps``).
 """
 
 from __future__ import annotations
@@ -89,18 +90,24 @@ def load_input(
 @triton.jit
 def load_filter_column(
     p_taps, column, o_c, m_c, C,
-    KERNEL: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    KERNEL: tl.constexpr, PACKED: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Column ``column`` of the filters of BLOCK_C channels: KERNEL blocks (BLOCK_W, BLOCK_C).
 
     Each row of a block is the same. Loaded as a vector, a tap would come in another layout than the
     tile's and change over through shared memory; so, every thread loads what it needs, from L1.
     """
-    o_tap = column * C + tl.broadcast_to(o_c[None, :], (BLOCK_W, BLOCK_C))
+    o_channel = tl.broadcast_to(o_c[None, :], (BLOCK_W, BLOCK_C))
+    if PACKED:
+        o_tap = column * C + o_channel
+        pitch = KERNEL * C
+    else:
+        o_tap = column + o_channel * (KERNEL * KERNEL)
+        pitch = KERNEL
     taps = ()
     for i in tl.static_range(KERNEL):
-        tap = tl.load(p_taps + i * KERNEL * C + o_tap, mask=m_c[None, :], other=0.0)
-        taps = taps + (tap,)  # noqa: RUF005 (no unpacking in Triton)
+        tap = tl.load(p_taps + i * pitch + o_tap, mask=m_c[None, :], other=0.0)
+        taps = taps + (tap.to(tl.float32),)  # noqa: RUF005 (no unpacking in Triton)
     return taps
 
 
@@ -109,7 +116,7 @@ def convolve_rows(
     p_image, p_taps, prologue_scale, prologue_shift, row0, o_column0, rows, columns,
     pitch, pixel_pitch, o_pixel, C, o_c, m_c,
     PROLOGUE: tl.constexpr, PROLOGUE_ACTIVATION: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, INDEX: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PACKED: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolution of ROWS rows of BLOCK_W output pixels: ROWS float32 blocks.
@@ -120,7 +127,7 @@ def convolve_rows(
     """
     accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * ROWS
     for j in tl.range(KERNEL):
-        taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C)
+        taps = load_filter_column(p_taps, j, o_c, m_c, C, KERNEL, PACKED, BLOCK_W, BLOCK_C)
         o_iw = o_column0 + j
         m_column = ((o_iw >= 0) & (o_iw < columns))[:, None] & m_c[None, :]
         o_column = o_iw[:, None].to(INDEX) * pixel_pitch + o_pixel[None, :]
@@ -144,7 +151,7 @@ def convolve_rows(
 )  # fmt: skip
 def depthwise_conv_kernel(
     p_input,  # (N, H, W, C)
-    p_taps,  # (k*k, C) float32
+    p_taps,  # (k*k, C) float32 if PACKED, else the weight, (C, 1, k, k)
     p_prologue_scale,  # (C,) float32, or None
     p_prologue_shift,
     p_mean,  # (C,), or None: no BN and no output
@@ -174,6 +181,7 @@ def depthwise_conv_kernel(
     ACTIVATION: tl.constexpr,
     PROLOGUE_ACTIVATION: tl.constexpr,
     VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -229,7 +237,7 @@ def depthwise_conv_kernel(
         accumulators = convolve_rows(
             p_image, p_taps, prologue_scale, prologue_shift, input_row0, o_w * STRIDE - pad_left,
             H, W, pitch, C, o_c, C, o_c, m_c, PROLOGUE, PROLOGUE_ACTIVATION,
-            KERNEL, STRIDE, INDEX, ROWS, BLOCK_W, BLOCK_C,
+            KERNEL, STRIDE, PACKED, INDEX, ROWS, BLOCK_W, BLOCK_C,
         )  # fmt: skip
         if p_conv is not None:
             # What follows is of the conv that is stored: statistics of another one would not
@@ -480,7 +488,7 @@ def depthwise_conv_grad_input_kernel(
             accumulators = (tl.zeros([BLOCK_W, BLOCK_C], tl.float32),) * (ROWS * STRIDE)
             for n in tl.range((KERNEL - column_parity + STRIDE - 1) // STRIDE):
                 taps = load_filter_column(
-                    p_taps, n * STRIDE + column_parity, o_c, m_c, C, KERNEL, BLOCK_W, BLOCK_C
+                    p_taps, n * STRIDE + column_parity, o_c, m_c, C, KERNEL, True, BLOCK_W, BLOCK_C
                 )
                 o_ow = o_b - n
                 m_column = ((o_ow >= 0) & (o_ow < OW))[:, None] & m_c[None, :]
@@ -529,6 +537,8 @@ ELEMENTS = 8
 # Registers a thread may have: three programs a multiprocessor. Left alone, the compiler takes up to
 # 255 to load further ahead, and only two programs fit.
 REGISTERS = 168
+# Bytes of the images from which packing the filter is predicted to pay its launch.
+PACK_FROM = 4 << 20
 # For 7 x 7 taps, which no EfficientNet has, two programs are better than spills.
 REGISTERS_7 = 255
 # Those of REGISTERS for accumulators, weights and rows in flight; the rest are addresses and masks.
@@ -703,7 +713,18 @@ def tile_plan(
     )  # fmt: skip
 
 
-def filter_taps(weight: Tensor) -> Tensor:
+def filter_taps(weight: Tensor, *images: Tensor) -> tuple[Tensor, bool]:
+    """The filters as a kernel over ``images`` loads them, and whether they are packed.
+
+    Returns:
+        (k*k, C) float32 and True, or for small images ``weight`` itself and False.
+    """
+    if sum(image.nbytes for image in images) < PACK_FROM:
+        return weight, False
+    return packed_taps(weight), True
+
+
+def packed_taps(weight: Tensor) -> Tensor:
     """(C, 1, k, k) as (k*k, C) float32: see the module's docstring."""
     C, _, k, _ = weight.shape
     taps = torch.empty((k * k, C), dtype=torch.float32, device=weight.device)
@@ -781,15 +802,16 @@ def _convolve(
     partials = None
     if statistics is not None:
         partials = torch.empty(rows * (2 * C + 1), dtype=torch.float64, device=input.device)
+    taps, packed = filter_taps(weight, input, result)
     depthwise_conv_kernel[plan.grid](
-        input, filter_taps(weight), prologue_scale, prologue_shift,
+        input, taps, prologue_scale, prologue_shift,
         mean, var, bn_weight, bn_bias, eps, conv, partials, output, sums,
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.image_tiles, plan.group_tiles, plan.program_tiles, plan.splits,
         plan.channel_blocks,
         KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation),
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
-        INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
+        PACKED=packed, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
         BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
         num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -887,7 +909,7 @@ def _grad_input(
     if prologue_scale is not None:
         partials = torch.empty(2 * plan.splits * C, dtype=torch.float32, device=input.device)
     depthwise_conv_grad_input_kernel[plan.grid](
-        grad_conv, filter_taps(weight), input, prologue_scale, prologue_shift, grad_input, partials,
+        grad_conv, packed_taps(weight), input, prologue_scale, prologue_shift, grad_input, partials,
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.image_tiles, plan.group_tiles, plan.program_tiles,
         plan.channel_blocks,

@@ -68,7 +68,7 @@ def expand_depthwise_kernel(
     p_expand_bn_weight,
     p_expand_bn_bias,
     expand_eps,
-    p_taps,  # (k*k, C) float32
+    p_taps,  # (k*k, C) float32 if PACKED, else the weight, (C, 1, k, k)
     p_mean,  # (C,)
     p_var,
     p_bn_weight,
@@ -101,6 +101,7 @@ def expand_depthwise_kernel(
     STRIDE: tl.constexpr,
     INPUT_VECTOR: tl.constexpr,
     VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
     INDEX: tl.constexpr,
     SLICED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -192,7 +193,7 @@ def expand_depthwise_kernel(
                 accumulators = convolve_rows(
                     p_origin, p_taps, 1.0, 0.0, oh * STRIDE - pad_top, o_w * STRIDE - pad_left,
                     row_end, W, scratch_pitch, BLOCK_C, o_b, C, o_c, m_c, False, ACTIVATION,
-                    KERNEL, STRIDE, INDEX, ROWS, BLOCK_W, BLOCK_C,
+                    KERNEL, STRIDE, PACKED, INDEX, ROWS, BLOCK_W, BLOCK_C,
                 )  # fmt: skip
                 # Loaded here, from L1, so that they take no registers while the taps are added.
                 mean, scale, bias = load_batch_norm(
@@ -349,9 +350,10 @@ def expand_depthwise_out(
         sums = pooled
         if pooled is not None and plan.image_units > 1:
             sums = torch.empty(plan.image_units * N * C, dtype=torch.float32, device=input.device)
+        taps, packed = filter_taps(weight, input, output)
         expand_depthwise_kernel[(plan.programs,)](
             input, expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias,
-            expand_eps, filter_taps(weight), mean, var, bn_weight, bn_bias, eps,
+            expand_eps, taps, mean, var, bn_weight, bn_bias, eps,
             scratch, output, sums,
             H, W, OH, OW, plan.input_vectors, plan.channel_vectors, pad_top, pad_left,
             plan.unit_rows, plan.unit_columns, plan.halo_rows, plan.halo_columns,
@@ -359,7 +361,7 @@ def expand_depthwise_out(
             EXPAND_ACTIVATION=activation_name(expand_activation),
             ACTIVATION=activation_name(activation), PRECISION=precision(allow_tf32),
             KERNEL=kernel, STRIDE=stride, INPUT_VECTOR=plan.input_vector, VECTOR=plan.vector,
-            INDEX=plan.index, SLICED=plan.sliced, ROWS=plan.rows, BLOCK_P=BLOCK_P,
+            PACKED=packed, INDEX=plan.index, SLICED=plan.sliced, ROWS=plan.rows, BLOCK_P=BLOCK_P,
             BLOCK_I=plan.block_i, BLOCK_W=plan.block_w, BLOCK_C=plan.block_c,
             num_warps=NUM_WARPS, num_stages=plan.stages, maxnreg=plan.registers,
         )  # fmt: skip

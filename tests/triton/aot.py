@@ -45,9 +45,11 @@ class Case:
     stride: int
     prologue: bool = False
     pool: bool = False
+    small: bool = False
+    """Too small to pack the filter for."""
 
     def __str__(self) -> str:
-        options = " prologue" * self.prologue + " pool" * self.pool
+        options = " prologue" * self.prologue + " pool" * self.pool + " small" * self.small
         return (
             f"{self.mode} {self.dtype} {self.channels}x{self.size}x{self.size} "
             f"k{self.kernel}s{self.stride}{options}"
@@ -120,11 +122,15 @@ class ExpandCase:
     stride: int
     pool: bool = True
     allow_tf32: bool = False
+    batch: int = 256
 
     def __str__(self) -> str:
         return (
             f"expand {self.dtype} {self.inputs}x{self.size}x{self.size} c{self.channels} "
-            f"k{self.kernel}s{self.stride}" + " pool" * self.pool + " allow_tf32" * self.allow_tf32
+            f"k{self.kernel}s{self.stride}"
+            + " pool" * self.pool
+            + " allow_tf32" * self.allow_tf32
+            + " small" * (self.batch == 1)
         )
 
 
@@ -139,6 +145,9 @@ CASES = (
     Case("inference", "float16", 480, 14, 3, 1, prologue=True, pool=True),
     Case("inference", "float32", 672, 14, 5, 1),
     Case("inference", "bfloat16", 96, 14, 7, 1),
+    Case("inference", "bfloat16", 96, 112, 3, 2, pool=True, small=True),
+    Case("inference", "bfloat16", 1152, 7, 5, 1, pool=True, small=True),
+    Case("inference", "float32", 672, 14, 5, 1, small=True),
     Case("inference", "bfloat16", 13, 33, 3, 1),
     Case("train", "bfloat16", 144, 56, 3, 1, pool=True),
     Case("train", "float32", 240, 28, 5, 1, prologue=True),
@@ -190,6 +199,7 @@ CASES = (
     ExpandCase("bfloat16", 112, 672, 14, 5, 2),
     ExpandCase("bfloat16", 192, 1152, 7, 3, 1),
     ExpandCase("bfloat16", 13, 33, 9, 3, 1, pool=False),
+    ExpandCase("bfloat16", 192, 1152, 7, 5, 1, batch=1),
     ExpandCase("float16", 160, 960, 24, 5, 1),
     ExpandCase("float32", 24, 144, 56, 5, 2, pool=False),
     ExpandCase("float32", 80, 480, 14, 3, 1, allow_tf32=True),
@@ -251,6 +261,7 @@ def call_depthwise(case: Case) -> None:
     prologue = (vector(), vector(), silu) if case.prologue else (None, None, Activation.identity)
     pooled = torch.empty(2, C) if case.pool else None
     geometry = (case.stride, pad, pad)
+    op.PACK_FROM = sys.maxsize if case.small else 0
     if case.mode == "inference":
         op.depthwise_conv_bn_act_out(
             x, weight, vector(), vector(), vector(), vector(), 1e-3, *geometry, silu, *prologue,
@@ -364,7 +375,7 @@ def call_expand(case: ExpandCase) -> None:
     from effnet_kernels.triton import mbconv as op
 
     dtype = getattr(torch, case.dtype)
-    N, C, k, pad = 256, case.channels, case.kernel, case.kernel // 2
+    N, C, k, pad = case.batch, case.channels, case.kernel, case.kernel // 2
     out = (case.size + 2 * pad - k) // case.stride + 1
 
     def image(channels: int, size: int) -> torch.Tensor:

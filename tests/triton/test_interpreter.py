@@ -36,6 +36,7 @@ def test_programs_of_many_tiles(stride: int, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "PROGRAMS_PER_MULTIPROCESSOR", 2)
         monkeypatch.setattr(module, "multiprocessors", lambda tensor: 1)
     monkeypatch.setattr(depthwise_conv_bn_act, "GRAD_WEIGHT_PROGRAMS", 2)
+    monkeypatch.setattr(depthwise_conv_bn_act, "PACK_FROM", 0)
     plans = [
         depthwise_conv_bn_act.conv_plan,
         depthwise_conv_bn_act.grad_input_plan,

@@ -12,7 +12,7 @@ from devices import device_of
 from torch import Tensor
 
 from effnet_kernels.activations import EAGER, Activation
-from effnet_kernels.triton import mbconv
+from effnet_kernels.triton import depthwise_conv_bn_act, mbconv
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def test_units_within_images(stride: int, monkeypatch: pytest.MonkeyPatch) -> No
     """Images of several units, programs of several units, in a scratch that is used again."""
     monkeypatch.setattr(mbconv, "SCRATCH_BYTES", 16 * 1024)
     monkeypatch.setattr(mbconv, "multiprocessors", lambda tensor: 1)
+    monkeypatch.setattr(depthwise_conv_bn_act, "PACK_FROM", 0)
     mbconv.expand_plan.cache_clear()
     case = Case(2, 8, 24, 15, 21, kernel=5, stride=stride, pads=(2, 2, 1, 2))
     try:
