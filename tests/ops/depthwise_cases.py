@@ -58,7 +58,7 @@ CASES = [
     Case(1, 8, 33, 17, kernel=5, stride=2),
     Case(1, 8, 33, 17, kernel=5, stride=2, training=True, pool=True, bn_dtype=None),
     Case(1, 13, 33, 17, kernel=3, stride=2, padding=1, prologue="silu"),
-    Case(2, 13, 9, 10, kernel=7, stride=1, prologue="hardswish", training=True),
+    Case(2, 13, 5, 6, kernel=7, stride=1, prologue="hardswish", training=True),
     Case(1, 13, 10, 9, kernel=7, stride=2, padding=3, pool=True, activation="hardswish"),
     Case(3, 96, 1, 1, kernel=3, padding=1, training=True),
     Case(3, 96, 1, 1, kernel=5, padding=2, stride=2, pool=True),

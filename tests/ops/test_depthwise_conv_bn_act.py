@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
-from devices import device_of
+from devices import device_of, skip_in_interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ops.depthwise_cases import CASES, Case, depthwise_output_shape, make_arguments, run
@@ -48,8 +48,7 @@ def check(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None:
     """Results and gradients are at most 2x and 3x eager's own error from float64."""
-    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16: tests/triton/test_interpreter.py")
+    skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     check(case, dtype, kernel_backend)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import FORWARD, assert_error_rule, relative_errors
-from devices import device_of
+from devices import device_of, interpreted, skip_in_interpreter
 from torch import Tensor
 
 from effnet_kernels import use_backend
@@ -150,12 +150,14 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, fused: bool, kernel_backend: str) -> None:
     """Every kind of block, ragged extents too, with both ways to the depthwise result."""
-    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     if not fused and (kernel_backend == "cpu" or not case.expanded):
         pytest.skip("there is only one way")
-    interpreted = kernel_backend == "triton" and device_of("triton") == "cpu"
-    if interpreted and not fused and not (case in CASES[:2] and dtype == torch.float32):
+    if (
+        interpreted(kernel_backend)
+        and not fused
+        and not (case in CASES[:2] and dtype == torch.float32)
+    ):
         pytest.skip("the interpreter is slow; the tests of the kernels have the rest")
     with fuse_expand(fused):
         check(case, dtype, kernel_backend)

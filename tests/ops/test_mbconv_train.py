@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
-from devices import device_of
+from devices import device_of, interpreted, skip_in_interpreter
 from ops.test_mbconv import CASES as INFERENCE_CASES
 from ops.test_mbconv import Case, in_double, make_arguments
 from torch import Tensor
@@ -87,11 +87,10 @@ def check(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, training: bool, kernel_backend: str) -> None:
     """Every kind of block, with batch statistics and running ones."""
-    if kernel_backend == "triton" and device_of("triton") == "cpu":
-        if dtype == torch.bfloat16:
-            pytest.skip("Triton's interpreter truncates to bfloat16")
-        if case not in CASES[:2] and (dtype != torch.float32 or not training):
-            pytest.skip("the interpreter is slow; the tests of the kernels have the rest")
+    skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
+    usual = dtype == torch.float32 and training
+    if interpreted(kernel_backend) and case not in CASES[:2] and not usual:
+        pytest.skip("the interpreter is slow; the tests of the kernels have the rest")
     check(case, dtype, kernel_backend, training=training)
 
 

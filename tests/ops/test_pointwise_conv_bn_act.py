@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import FORWARD, assert_error_rule
-from devices import device_of
+from devices import device_of, skip_in_interpreter
 from torch import Tensor
 
 from effnet_kernels import use_backend
@@ -138,8 +138,7 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None:
     """Every prologue and epilogue, alone and together, ragged extents too."""
-    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     check(case, dtype, kernel_backend)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
-from devices import device_of
+from devices import device_of, skip_in_interpreter
 from torch import Tensor
 
 from effnet_kernels import use_backend
@@ -132,8 +132,7 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None:
     """Forward and backward keep the error rule."""
-    if dtype == torch.bfloat16 and kernel_backend == "triton" and device_of("triton") == "cpu":
-        pytest.skip("Triton's interpreter truncates to bfloat16")
+    skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     check(case, dtype, kernel_backend)
 
 
