@@ -2,18 +2,63 @@
 //
 //   out[m, k] = activation(start[k] + sum over c of rows[m, c] * matrix[k, c]) (+ residual[m, k])
 //
-// The matrix is packed once into panels of two vectors of output channels, [panel][c][channel],
-// with BN's scale multiplied in; BN's shift is what the sums start with. Of an odd number of
-// vectors the last panel has three (or the only one). A tile of rows x one panel is kept in
-// registers: each step along c loads the panel's vectors once and meets them with one broadcast
-// value of every row. Rows are read where they lie, in float32.
+// The matrix is packed once into panels of two vectors of output channels, [panel][c][channel], of
+// an odd number of vectors the last panel has three (or the only one). A tile of rows x one panel
+// is kept in registers: each step along c loads the panel's vectors once and meets them with one
+// broadcast value of every row. What a value is and how many channels a step takes is the business
+// of Products.
 #pragma once
 
 #include "depthwise_loops.h"
+#include "gemm_format.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
+
+// How tensors of T are multiplied: in the accumulate dtype, one channel a step. BN's scale is
+// multiplied into the matrix, BN's shift is what the sums start with.
+template <class T>
+struct Products {
+  using S = Simd<T>;
+  using V = typename S::V;
+  using Value = typename S::Scalar;  // an element of rows and matrices
+  static constexpr int step = 1;
+  static constexpr bool scales_matrix = true;
+  // Channels that are summed one after the other before they are added to the rest: the error of a
+  // long sum grows with its length.
+  static constexpr int block = 64;
+
+  static EFFNET_INLINE V spread(const Value* row) { return S::set(*row); }
+  static EFFNET_INLINE V load(const Value* panel) { return S::load_once(panel); }
+  static EFFNET_INLINE void add(V& sum, V a, V b) { S::accumulate(sum, a, b); }
+};
+
+#if defined(EFFNET_TARGET_AVX512BF16)
+// As bfloat16s, two channels a step: panels are [panel][c / 2][channel][2]. The weight is taken as
+// it is, for times BN's scale it would have to be rounded once more; the sums are scaled instead.
+template <>
+struct Products<bfloat16> {
+  using S = FloatSimd;
+  using V = S::V;
+  using Value = bfloat16;
+  static constexpr int step = 2;
+  static constexpr bool scales_matrix = false;
+  // Next to the rounding of the results a float32 sum has no error to speak of.
+  static constexpr int block = 4096;
+
+  static EFFNET_INLINE V spread(const Value* row) { return S::set_pair(row); }
+  static EFFNET_INLINE V load(const Value* panel) {
+    return S::load_once(reinterpret_cast<const float*>(panel));
+  }
+  static EFFNET_INLINE void add(V& sum, V a, V b) { S::accumulate_pairs(sum, a, b); }
+};
+#endif
+
+template <class T>
+constexpr GemmFormat kGemmFormat = {Simd<T>::lanes, Products<T>::step,
+                                    sizeof(typename Products<T>::Value),
+                                    sizeof(typename Simd<T>::Scalar)};
 
 // Output channels of a panel but the last.
 template <class S>
@@ -22,9 +67,6 @@ constexpr int kPanel = 2 * S::lanes;
 // one vector more rows would only wait for its loads.
 template <class S, int N>
 constexpr int kTileRows = N == 1 ? kTileRows<S, 2> : (S::registers - N - 1) / N;
-// Channels that are summed one after the other before they are added to the rest: the error of a
-// long sum grows with its length.
-constexpr int kDepthBlock = 64;
 
 // Vectors of the last of `panels` panels of a matrix with `channels` rows, or of any other.
 template <class S>
@@ -33,31 +75,67 @@ EFFNET_INLINE int panel_vectors(int64_t panel, int64_t panels, int channels) {
   return panel == panels - 1 ? static_cast<int>(vectors - 2 * panel) : 2;
 }
 
-// Panels [begin, end) of `panels` of weight (K, C), each row times its channel's BN scale, and what
-// their sums start with. Channels beyond the last are zeros.
+// A weight (K, C) as pack_panels() left it in memory of kGemmFormat<T>.matrix_bytes(K, C).
 template <class T>
-void pack_panels(typename Simd<T>::Scalar* packed, typename Simd<T>::Scalar* start, const T* weight,
-                 const BatchNorm& bn, int channels, int depth, int64_t panels, int64_t begin,
-                 int64_t end) {
+struct Matrix {
   using F = typename Simd<T>::Scalar;
-  constexpr int P = kPanel<Simd<T>>, L = Simd<T>::lanes;
+  using Value = typename Products<T>::Value;
+  const Value* values;
+  const F *start, *scale;  // [channel], zeros beyond the last; scale unless it is in the values
+  int channels;            // K
+  int depth;               // C, in whole steps
+  int64_t panels;
+
+  Matrix(const void* memory, int k, int c)
+      : values(static_cast<const Value*>(memory)),
+        start(reinterpret_cast<const F*>(static_cast<const char*>(memory) +
+                                         kGemmFormat<T>.values_bytes(k, c))),
+        scale(start + kGemmFormat<T>.padded(k)),
+        channels(k),
+        depth(static_cast<int>(kGemmFormat<T>.depth(c))),
+        panels(kGemmFormat<T>.panels(k)) {}
+
+  EFFNET_INLINE int64_t offset(int64_t panel) const { return panel * depth * kPanel<Simd<T>>; }
+};
+
+// Panels [begin, end) of weight (K, C) with its BN to a Matrix in `memory`.
+template <class T>
+void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channels, int in_channels,
+                 int64_t begin, int64_t end) {
+  using P = Products<T>;
+  using F = typename Simd<T>::Scalar;
+  using Value = typename P::Value;
+  constexpr int L = Simd<T>::lanes;
+  const Matrix<T> m(memory, channels, in_channels);
+  F *start = const_cast<F*>(m.start), *scales = const_cast<F*>(m.scale);
   for (int64_t panel = begin; panel < end; ++panel) {
-    F* to = packed + panel * depth * P;
-    const int64_t first = panel * P;
-    const int width = panel_vectors<Simd<T>>(panel, panels, channels) * L;
+    Value* to = const_cast<Value*>(m.values) + m.offset(panel);
+    const int64_t first = panel * kPanel<Simd<T>>;
+    const int width = panel_vectors<Simd<T>>(panel, m.panels, channels) * L;
+    const auto at = [&](int c, int i) -> Value& {
+      return to[(int64_t{c} / P::step * width + i) * P::step + c % P::step];
+    };
     for (int i = 0; i < width; ++i) {
       const int64_t k = first + i;
       if (k >= channels) {
-        for (int c = 0; c < depth; ++c) to[int64_t{c} * width + i] = F(0);
-        start[k] = F(0);
+        for (int c = 0; c < m.depth; ++c) at(c, i) = Value{};
+        start[k] = scales[k] = F(0);
         continue;
       }
       const double inverse = 1 / std::sqrt(channel_value<F>(bn.var, k, F(1)) + bn.eps);
       const F scale = static_cast<F>(channel_value<F>(bn.weight, k, F(1)) * inverse);
+      scales[k] = scale;
       start[k] = static_cast<F>(channel_value<F>(bn.bias, k, F(0)) -
                                 static_cast<double>(channel_value<F>(bn.mean, k, F(0))) * scale);
-      const T* from = weight + k * depth;
-      for (int c = 0; c < depth; ++c) to[int64_t{c} * width + i] = to_float(from[c]) * scale;
+      const T* from = weight + k * in_channels;
+      for (int c = 0; c < in_channels; ++c) {
+        if constexpr (P::scales_matrix) {
+          at(c, i) = to_float(from[c]) * scale;
+        } else {
+          at(c, i) = from[c];
+        }
+      }
+      for (int c = in_channels; c < m.depth; ++c) at(c, i) = Value{};
     }
   }
 }
@@ -75,34 +153,38 @@ struct GemmOutput {
   F* lost;
 };
 
-// Rows [0, Rows) times one panel of `columns` channels, to `out`.
-template <class T, int N, int Rows>
-void multiply_tile(const typename Simd<T>::Scalar* rows, int64_t stride,
-                   const typename Simd<T>::Scalar* panel, const typename Simd<T>::Scalar* start,
-                   int depth, int columns, const GemmOutput<T>& out) {
+// Rows [0, Rows) times one panel of `columns` channels from channel k on, to `out`, which belongs
+// to that channel.
+template <class T, class To, int N, int Rows>
+void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
+                   const typename Products<T>::Value* panel, const Matrix<T>& matrix, int64_t k,
+                   const GemmOutput<To>& out) {
+  using P = Products<T>;
   using S = Simd<T>;
   using V = typename S::V;
   using F = typename S::Scalar;
   constexpr int L = S::lanes;
+  const int depth = matrix.depth, columns = static_cast<int>(matrix.channels - k);
+  const F* start = matrix.start + k;
   V sum[Rows * N];
   F before[Rows * N * L];
-  for (int c = 0; c < depth; c += kDepthBlock) {
+  for (int c = 0; c < depth; c += P::block) {
     EFFNET_UNROLL
     for (int v = 0; v < N; ++v) {
-      const V first = c == 0 ? S::load(start + v * L) : S::set(0.f);
+      const V first = P::scales_matrix && c == 0 ? S::load(start + v * L) : S::set(0.f);
       EFFNET_UNROLL
       for (int r = 0; r < Rows; ++r) sum[r * N + v] = first;
     }
-    const int end = lesser(c + kDepthBlock, depth);
-    for (int i = c; i < end; ++i) {
+    const int end = lesser(c + P::block, depth);
+    for (int i = c; i < end; i += P::step) {
       V b[N];
       EFFNET_UNROLL
-      for (int v = 0; v < N; ++v) b[v] = S::load_once(panel + int64_t{i} * (N * L) + v * L);
+      for (int v = 0; v < N; ++v) b[v] = P::load(panel + (int64_t{i} * N + v * P::step) * L);
       EFFNET_UNROLL
       for (int r = 0; r < Rows; ++r) {
-        const V a = S::set(rows[r * stride + i]);
+        const V a = P::spread(rows + r * stride + i);
         EFFNET_UNROLL
-        for (int v = 0; v < N; ++v) S::accumulate(sum[r * N + v], a, b[v]);
+        for (int v = 0; v < N; ++v) P::add(sum[r * N + v], a, b[v]);
       }
     }
     if (c > 0) {
@@ -114,13 +196,21 @@ void multiply_tile(const typename Simd<T>::Scalar* rows, int64_t stride,
       for (int i = 0; i < Rows * N; ++i) S::store(before + i * L, sum[i]);
     }
   }
+  if constexpr (!P::scales_matrix) {
+    EFFNET_UNROLL
+    for (int v = 0; v < N; ++v) {
+      const V scale = S::load(matrix.scale + k + v * L), shift = S::load(start + v * L);
+      EFFNET_UNROLL
+      for (int r = 0; r < Rows; ++r) sum[r * N + v] = S::fma(sum[r * N + v], scale, shift);
+    }
+  }
   activate_tile<S>(out.activation, sum);
   EFFNET_UNROLL
   for (int v = 0; v < N; ++v) {
     const int n = columns - v * L;
     if (n <= 0) break;
-    T* to = out.to + v * L;
-    const T* residual = out.residual + v * L;
+    To* to = out.to + v * L;
+    const To* residual = out.residual + v * L;
     if (n >= L) {
       EFFNET_UNROLL
       for (int r = 0; r < Rows; ++r) {
@@ -148,75 +238,70 @@ void multiply_tile(const typename Simd<T>::Scalar* rows, int64_t stride,
   }
 }
 
-template <class T>
-using MultiplyTile = void (*)(const typename Simd<T>::Scalar*, int64_t,
-                              const typename Simd<T>::Scalar*, const typename Simd<T>::Scalar*, int,
-                              int, const GemmOutput<T>&);
+template <class T, class To>
+using MultiplyTile = void (*)(const typename Products<T>::Value*, int64_t,
+                              const typename Products<T>::Value*, const Matrix<T>&, int64_t,
+                              const GemmOutput<To>&);
 
-template <class T, int N, int... Rows>
-EFFNET_INLINE MultiplyTile<T> multiply_tile_of(int rows, std::integer_sequence<int, Rows...>) {
-  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, N, Rows + 1>...};
+template <class T, class To, int N, int... Rows>
+EFFNET_INLINE MultiplyTile<T, To> multiply_tile_of(int rows, std::integer_sequence<int, Rows...>) {
+  static constexpr MultiplyTile<T, To> tiles[] = {multiply_tile<T, To, N, Rows + 1>...};
   return tiles[rows - 1];
 }
 
 // `count` rows times one panel. Rows are divided evenly: a tile of one row would wait for its own
 // sums.
-template <class T, int N>
-void multiply_panel(const typename Simd<T>::Scalar* rows, int64_t stride, int count,
-                    const typename Simd<T>::Scalar* panel, const typename Simd<T>::Scalar* start,
-                    int depth, int columns, GemmOutput<T> out) {
+template <class T, class To, int N>
+void multiply_panel(const typename Products<T>::Value* rows, int64_t stride, int count,
+                    const Matrix<T>& matrix, int64_t panel, GemmOutput<To> out) {
   constexpr int Most = kTileRows<Simd<T>, N>;
   constexpr std::make_integer_sequence<int, Most> sizes{};
   const int tiles = (count + Most - 1) / Most, least = count / tiles, longer = count % tiles;
+  const auto* values = matrix.values + matrix.offset(panel);
   for (int tile = 0; tile < tiles; ++tile) {
     const int size = least + (tile < longer ? 1 : 0);
-    multiply_tile_of<T, N>(size, sizes)(rows, stride, panel, start, depth, columns, out);
+    multiply_tile_of<T, To, N>(size, sizes)(rows, stride, values, matrix, panel * kPanel<Simd<T>>,
+                                            out);
     rows += size * stride;
     out.to += size * out.stride;
     if (out.residual != nullptr) out.residual += size * out.stride;
   }
 }
 
-// `count` rows times panels [begin, end) of the `panels` of a matrix of `channels` rows. out.to and
-// the rest of `out` belong to channel 0.
-template <class T>
-void multiply_rows(const typename Simd<T>::Scalar* rows, int64_t stride, int count,
-                   const typename Simd<T>::Scalar* packed, const typename Simd<T>::Scalar* start,
-                   int depth, int channels, int64_t panels, int64_t begin, int64_t end,
-                   const GemmOutput<T>& out) {
+// `count` rows of matrix.depth values, `stride` apart, times panels [begin, end) of the matrix.
+// out.to and the rest of `out` belong to channel 0.
+template <class T, class To>
+void multiply_rows(const typename Products<T>::Value* rows, int64_t stride, int count,
+                   const Matrix<T>& matrix, int64_t begin, int64_t end, const GemmOutput<To>& out) {
   using S = Simd<T>;
-  constexpr int P = kPanel<S>;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t k = panel * P;
-    GemmOutput<T> to = out;
+    const int64_t k = panel * kPanel<S>;
+    GemmOutput<To> to = out;
     to.to += k;
     if (to.residual != nullptr) to.residual += k;
     if (to.sums != nullptr) {
       to.sums += k;
       to.lost += k;
     }
-    const auto* matrix = packed + panel * depth * P;
-    const int columns = static_cast<int>(channels - k);
-    switch (panel_vectors<S>(panel, panels, channels)) {
+    switch (panel_vectors<S>(panel, matrix.panels, matrix.channels)) {
       case 1:
-        multiply_panel<T, 1>(rows, stride, count, matrix, start + k, depth, columns, to);
+        multiply_panel<T, To, 1>(rows, stride, count, matrix, panel, to);
         break;
       case 2:
-        multiply_panel<T, 2>(rows, stride, count, matrix, start + k, depth, columns, to);
+        multiply_panel<T, To, 2>(rows, stride, count, matrix, panel, to);
         break;
       default:
-        multiply_panel<T, 3>(rows, stride, count, matrix, start + k, depth, columns, to);
+        multiply_panel<T, To, 3>(rows, stride, count, matrix, panel, to);
     }
   }
 }
 
-// x as the products read it: float32 rows of `channels` values, `stride` apart, through the
-// prologue (scale null: none) and times `gate` (null: none); up to `stride` filled with zeros.
-template <class T>
-void widen_rows(typename Simd<T>::Scalar* to, int64_t stride, const T* from, int64_t rows,
-                int channels, const typename Simd<T>::Scalar* scale,
-                const typename Simd<T>::Scalar* shift, Activation activation,
-                const typename Simd<T>::Scalar* gate) {
+// x to rows of To, `stride` apart, through the prologue (scale null: none) and times `gate` (null:
+// none); up to `stride` filled with zeros.
+template <class To, class T>
+void convert_rows(To* to, int64_t stride, const T* from, int64_t rows, int channels,
+                  const typename Simd<T>::Scalar* scale, const typename Simd<T>::Scalar* shift,
+                  Activation activation, const typename Simd<T>::Scalar* gate) {
   using S = Simd<T>;
   using V = typename S::V;
   constexpr int L = S::lanes;
@@ -233,7 +318,7 @@ void widen_rows(typename Simd<T>::Scalar* to, int64_t stride, const T* from, int
         S::store(to + c, x[0]);
         continue;
       }
-      typename S::Scalar lanes[L];
+      To lanes[L];
       V x[1] = {n > 0 ? S::load_partial(from + c, n) : S::set(0.f)};
       if (n > 0 && scale != nullptr) {
         x[0] = S::fma(x[0], S::load_partial(scale + c, n), S::load_partial(shift + c, n));
@@ -241,7 +326,7 @@ void widen_rows(typename Simd<T>::Scalar* to, int64_t stride, const T* from, int
       }
       if (n > 0 && gate != nullptr) x[0] = x[0] * S::load_partial(gate + c, n);
       S::store(lanes, x[0]);
-      for (int i = 0; i < L && c + i < stride; ++i) to[c + i] = i < n ? lanes[i] : 0;
+      for (int i = 0; i < L && c + i < stride; ++i) to[c + i] = i < n ? lanes[i] : To{};
     }
   }
 }

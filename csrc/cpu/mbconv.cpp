@@ -36,10 +36,11 @@ constexpr int64_t kProjectItems = 16;
 
 MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   const DepthwiseShape& s = a.shape;
-  const int64_t size = element_size(accumulate_dtype(a.dtype));
+  const GemmFormat& f = k.format;
+  const int64_t size = f.accumulate_bytes;
   MbconvPlan p{};
   DepthwisePlan& d = p.depthwise;
-  d.lanes = k.lanes;
+  d.lanes = f.lanes;
   d.vectors = static_cast<int>(ceil_div(s.channels, d.lanes));
   d.tile = best_depthwise_tile(s.out_w);
   const int64_t vector_bytes = d.lanes * size, pair = 2;
@@ -55,16 +56,18 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   p.group_rows = static_cast<int>(std::min<int64_t>(ceil_div(kProductRows, s.in_w), s.in_h));
   p.ring_rows = static_cast<int>(
       std::min<int64_t>(p.group_rows * (ceil_div(s.kernel - 1, p.group_rows) + 1), s.in_h));
-  const bool expands = a.expand_weight != nullptr, exact = element_size(a.dtype) == size;
-  // Without an expansion whole vectors of the input are read.
-  p.widened = !exact || (!expands && s.channels % d.lanes != 0);
-  p.input_stride = p.widened && !expands ? p.padded_channels() : a.in_channels;
-  p.expand_panels = std::max(d.vectors / 2, 1);
-  const int64_t vectors = ceil_div(a.out_channels, d.lanes);
-  p.project_panels = std::max<int64_t>(vectors / 2, 1);
-  p.project_padded = vectors * d.lanes;
+  const bool exact = element_size(a.dtype) == size;
+  if (a.expand_weight != nullptr) {
+    p.converted = !f.takes(element_size(a.dtype), a.in_channels);
+    p.input_stride = f.depth(a.in_channels);
+  } else {  // whole vectors of the input are read
+    p.converted = !exact || s.channels % d.lanes != 0;
+    p.input_stride = p.converted ? p.padded_channels() : a.in_channels;
+  }
+  p.expand_panels = f.panels(s.channels);
+  p.project_panels = f.panels(a.out_channels);
   const int64_t pixels = int64_t{s.out_h} * s.out_w;
-  const int64_t rows = std::max<int64_t>(kProjectBytes / (s.channels * size), 24);
+  const int64_t rows = std::max<int64_t>(kProjectBytes / (s.channels * f.value_bytes), 24);
   p.project_rows = ceil_div(pixels, ceil_div(pixels, rows));
   p.gate_weights = exact && a.out_channels < pixels;
   return p;
@@ -92,7 +95,7 @@ class Block {
       : a_(a),
         k_(kernels_for(a.dtype)),
         p_(make_plan(a, k_)),
-        size_(element_size(accumulate_dtype(a.dtype))),
+        size_(k_.format.accumulate_bytes),
         pixels_(int64_t{a.shape.out_h} * a.shape.out_w) {
     pack();
   }
@@ -127,14 +130,16 @@ class Block {
   struct Image {
     explicit Image(const Block& b) {
       const DepthwiseShape& s = b.a_.shape;
+      const GemmFormat& f = b.k_.format;
       Pieces pieces;
-      input = pieces.add(b.p_.widened ? s.in_h * s.in_w * b.p_.input_stride * b.size_ : 0);
+      const int64_t value = b.a_.expand_weight == nullptr ? b.size_ : f.value_bytes;
+      input = pieces.add(b.p_.converted ? s.in_h * s.in_w * b.p_.input_stride * value : 0);
       depthwise = pieces.add(b.pixels_ * s.channels * element_size(b.a_.dtype));
       pooled = pieces.add(s.channels * b.size_);
       hidden = pieces.add(b.a_.gate.squeezed * b.size_);
       gate = pieces.add(s.channels * b.size_);
       panels = pieces.add(
-          b.p_.gate_weights && b.gated() ? b.p_.project_padded * s.channels * b.size_ : 0);
+          b.p_.gate_weights && b.gated() ? f.values_bytes(b.a_.out_channels, s.channels) : 0);
       memory.emplace(pieces.bytes());
     }
     void* operator[](int64_t offset) const { return at(*memory, offset); }
@@ -149,15 +154,14 @@ class Block {
     const DepthwiseShape& s = a_.shape;
     const int64_t c = p_.padded_channels();
     Pieces pieces;
-    const int64_t expand = pieces.add(a_.expand_weight ? c * a_.in_channels * size_ : 0);
-    const int64_t expand_start = pieces.add(c * size_);
+    const int64_t expand =
+        pieces.add(a_.expand_weight ? k_.format.matrix_bytes(s.channels, a_.in_channels) : 0);
     const int64_t depthwise = pieces.add(c * s.kernel * s.kernel * size_);
     const int64_t depthwise_start = pieces.add(c * size_);
-    const int64_t project = pieces.add(p_.project_padded * s.channels * size_);
-    const int64_t project_start = pieces.add(p_.project_padded * size_);
+    const int64_t project = pieces.add(k_.format.matrix_bytes(a_.out_channels, s.channels));
     const Memory& memory = packed_.emplace(pieces.bytes());
-    weights_ = {at(memory, expand),          at(memory, expand_start), at(memory, depthwise),
-                at(memory, depthwise_start), at(memory, project),      at(memory, project_start)};
+    weights_ = {at(memory, expand), at(memory, depthwise), at(memory, depthwise_start),
+                at(memory, project)};
     torch::stable::parallel_for(
         0, p_.depthwise.blocks + p_.project_panels, 1, [&](int64_t begin, int64_t end) {
           const int64_t blocks = p_.depthwise.blocks;
@@ -166,7 +170,7 @@ class Block {
             k_.pack_block(a_, p_, weights_, begin, std::min(end, blocks), scratch.get());
           }
           if (end > blocks) {
-            k_.pack_project(a_, p_, weights_, std::max(begin, blocks) - blocks, end - blocks);
+            k_.pack_project(a_, weights_, std::max(begin, blocks) - blocks, end - blocks);
           }
         });
   }
@@ -176,9 +180,9 @@ class Block {
     const DepthwiseShape& s = a_.shape;
     const void* input = static_cast<const char*>(a_.input) +
                         n * s.in_h * s.in_w * a_.in_channels * element_size(a_.dtype);
-    if (p_.widened) {
+    if (p_.converted) {
       parallel(s.in_h, [&](int64_t begin, int64_t end) {
-        k_.widen(a_, p_, n, begin * s.in_w, end * s.in_w, image[image.input]);
+        k_.convert(a_, p_, n, begin * s.in_w, end * s.in_w, image[image.input]);
       });
       input = image[image.input];
     }
@@ -188,8 +192,7 @@ class Block {
       const Memory ring(k_.ring_bytes(a_, p_));
       k_.expand_depthwise(a_, p_, weights_, input, begin, end, ring.get(), depthwise, pooled);
     });
-    const void* panels = weights_.project;
-    const void* gate = nullptr;
+    const void *gate = nullptr, *gated_panels = nullptr;
     if (gated()) {
       SqueezeExciteGate g = a_.gate;
       g.pooled = pooled;
@@ -199,9 +202,9 @@ class Block {
       gate = g.gate;
       if (p_.gate_weights) {
         parallel(p_.project_panels, [&](int64_t begin, int64_t end) {
-          k_.gate_panels(a_, p_, weights_, g.gate, begin, end, image[image.panels]);
+          k_.gate_panels(a_, weights_, g.gate, begin, end, image[image.panels]);
         });
-        panels = image[image.panels];
+        gated_panels = image[image.panels];
         gate = nullptr;
       }
     }
@@ -209,13 +212,14 @@ class Block {
     const int64_t row_blocks = ceil_div(pixels_, p_.project_rows);
     const int64_t groups = std::clamp<int64_t>(kProjectItems / row_blocks, 1, p_.project_panels);
     parallel(row_blocks * groups, [&](int64_t begin, int64_t end) {
-      const Memory scratch(p_.project_rows * s.channels * size_);
+      const GemmFormat& f = k_.format;
+      const Memory scratch(p_.project_rows * f.depth(s.channels) * f.value_bytes);
       while (begin < end) {
         // All groups of a block that are in [begin, end), so that its rows are gated once.
         const int64_t block = begin / groups, first = begin % groups;
         const int64_t last = std::min(end - block * groups, groups);
         const int64_t row = block * p_.project_rows;
-        k_.project(a_, p_, weights_, panels, n, depthwise, gate, row,
+        k_.project(a_, weights_, gated_panels, n, depthwise, gate, row,
                    std::min(p_.project_rows, pixels_ - row), first * p_.project_panels / groups,
                    last * p_.project_panels / groups, scratch.get());
         begin = block * groups + last;

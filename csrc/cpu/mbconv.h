@@ -7,6 +7,7 @@
 
 #include "../arguments.h"
 #include "depthwise_conv_bn_act.h"
+#include "gemm_format.h"
 
 namespace effnet {
 
@@ -16,52 +17,52 @@ namespace effnet {
 struct MbconvPlan {
   DepthwisePlan depthwise;  // lanes, vectors, block_vectors, blocks and tile
   int group_rows, ring_rows;
-  // The input in the accumulate dtype, where it is not that already: values between two pixels.
-  bool widened;
+  // Whether the input is brought first into the format of the product that reads it, or where there
+  // is no expansion into the accumulate dtype; and values between two of its pixels then.
+  bool converted;
   int64_t input_stride;
   int64_t expand_panels, project_panels;
-  int64_t project_padded;  // project's channels in whole vectors
-  int64_t project_rows;    // rows that are projected together
+  int64_t project_rows;  // rows that are projected together
   // Whether the gate is multiplied into project's weight, an image at a time, or into its rows.
   bool gate_weights;
 
   int64_t padded_channels() const { return depthwise.padded_channels(); }
 };
 
-// The packed weights of a call, in the accumulate dtype: panels as in gemm.h with what their sums
-// start with, and the depthwise taps, [vector][k * k][lane], likewise.
+// The packed weights of a call: matrices as in gemm.h, and in the accumulate dtype the depthwise
+// taps, [vector][k * k][lane], with what their sums start with.
 struct MbconvWeights {
-  void *expand, *expand_start;
+  void* expand;
   void *depthwise, *depthwise_start;
-  void *project, *project_start;
+  void* project;
 };
 
 // F is the accumulate dtype, T the call's.
 struct MbconvKernels {
-  int lanes;
+  GemmFormat format;
   // Blocks [begin, end) of expand and depthwise; scratch: 8 * padded_channels F.
   void (*pack_block)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&, int64_t begin,
                      int64_t end, void* scratch);
   // Panels [begin, end) of project.
-  void (*pack_project)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
-                       int64_t begin, int64_t end);
-  // Pixels [begin, end) of image n to F, plan.input_stride apart.
-  void (*widen)(const MbconvInference&, const MbconvPlan&, int64_t n, int64_t begin, int64_t end,
-                void* to);
-  // Blocks [begin, end) of channels of one image: input (pixels, input_stride) F -> depthwise
+  void (*pack_project)(const MbconvInference&, const MbconvWeights&, int64_t begin, int64_t end);
+  // Pixels [begin, end) of image n converted, plan.input_stride apart.
+  void (*convert)(const MbconvInference&, const MbconvPlan&, int64_t n, int64_t begin, int64_t end,
+                  void* to);
+  // Blocks [begin, end) of channels of one image: input (pixels, input_stride) -> depthwise
   // (pixels, C) T, and pooled (C) F unless null. scratch: ring_bytes.
   void (*expand_depthwise)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
                            const void* input, int64_t begin, int64_t end, void* scratch,
                            void* depthwise, void* pooled);
   size_t (*ring_bytes)(const MbconvInference&, const MbconvPlan&);
-  // to = panels [begin, end) of project with every channel times its gate.
-  void (*gate_panels)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
-                      const void* gate, int64_t begin, int64_t end, void* to);
-  // Pixels [row, row + rows) of depthwise times panels [begin, end) of `panels`, to image n of the
-  // output. gate: (C) F, multiplied into the rows, or null. scratch: rows * C F.
-  void (*project)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
-                  const void* panels, int64_t n, const void* depthwise, const void* gate,
-                  int64_t row, int64_t rows, int64_t begin, int64_t end, void* scratch);
+  // to = panels [begin, end) of project with every channel times its gate. Only where T is F.
+  void (*gate_panels)(const MbconvInference&, const MbconvWeights&, const void* gate, int64_t begin,
+                      int64_t end, void* to);
+  // Pixels [row, row + rows) of depthwise times panels [begin, end) of project, or where it is not
+  // null of `gated`, to image n of the output. gate: (C) F, multiplied into the rows, or null.
+  // scratch: `rows` rows.
+  void (*project)(const MbconvInference&, const MbconvWeights&, const void* gated, int64_t n,
+                  const void* depthwise, const void* gate, int64_t row, int64_t rows, int64_t begin,
+                  int64_t end, void* scratch);
 };
 
 namespace avx512bf16 {

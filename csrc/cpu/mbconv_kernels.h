@@ -35,29 +35,34 @@ void pack_block(const MbconvInference& a, const MbconvPlan& p, const MbconvWeigh
     const int64_t first = b.channel / kPanel<S>;
     const int64_t last = block == p.depthwise.blocks - 1 ? p.expand_panels
                                                          : first + b.vectors * S::lanes / kPanel<S>;
-    pack_panels(static_cast<F*>(w.expand), static_cast<F*>(w.expand_start),
-                static_cast<const T*>(a.expand_weight), a.expand_bn, s.channels, a.in_channels,
-                p.expand_panels, first, last);
+    pack_panels(w.expand, static_cast<const T*>(a.expand_weight), a.expand_bn, s.channels,
+                a.in_channels, first, last);
   }
 }
 
 template <class T>
-void pack_project(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
-                  int64_t begin, int64_t end) {
-  using F = typename Simd<T>::Scalar;
-  pack_panels(static_cast<F*>(w.project), static_cast<F*>(w.project_start),
-              static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels,
-              a.shape.channels, p.project_panels, begin, end);
+void pack_project(const MbconvInference& a, const MbconvWeights& w, int64_t begin, int64_t end) {
+  pack_panels(w.project, static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels,
+              a.shape.channels, begin, end);
+}
+
+template <class To, class T>
+void convert_pixels(const MbconvInference& a, const MbconvPlan& p, const T* from, int64_t begin,
+                    int64_t end, void* to) {
+  convert_rows(static_cast<To*>(to) + begin * p.input_stride, p.input_stride,
+               from + begin * a.in_channels, end - begin, a.in_channels, nullptr, nullptr,
+               Activation::identity, nullptr);
 }
 
 template <class T>
-void widen(const MbconvInference& a, const MbconvPlan& p, int64_t n, int64_t begin, int64_t end,
-           void* to) {
-  using F = typename Simd<T>::Scalar;
-  const int64_t first = n * a.shape.in_h * a.shape.in_w + begin;
-  widen_rows<T>(static_cast<F*>(to) + begin * p.input_stride, p.input_stride,
-                static_cast<const T*>(a.input) + first * a.in_channels, end - begin, a.in_channels,
-                nullptr, nullptr, Activation::identity, nullptr);
+void convert(const MbconvInference& a, const MbconvPlan& p, int64_t n, int64_t begin, int64_t end,
+             void* to) {
+  const T* from = static_cast<const T*>(a.input) + n * a.shape.in_h * a.shape.in_w * a.in_channels;
+  if (a.expand_weight == nullptr) {
+    convert_pixels<typename Simd<T>::Scalar>(a, p, from, begin, end, to);
+  } else {
+    convert_pixels<typename Products<T>::Value>(a, p, from, begin, end, to);
+  }
 }
 
 // A block's results of the depthwise convolution -> activation -> depthwise image, pooled sums.
@@ -90,11 +95,13 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
                       void* pooled) {
   using S = Simd<T>;
   using F = typename S::Scalar;
+  using Value = typename Products<T>::Value;
   constexpr int L = S::lanes;
   const DepthwiseShape& s = a.shape;
   const int taps = s.kernel * s.kernel;
   const bool expands = a.expand_weight != nullptr;
   const F* x = static_cast<const F*>(input);
+  const Matrix<T> expand(w.expand, s.channels, a.in_channels);
   Scratch<F> scratch(memory);
   RowSums<S> sums(scratch, p.depthwise);
   F* ring = scratch.take(0);
@@ -126,9 +133,8 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
         out.to = ring + int64_t{next % p.ring_rows} * s.in_w * width - b.channel;
         out.stride = width;
         out.activation = a.expand_activation;
-        multiply_rows<F>(x + int64_t{next} * s.in_w * p.input_stride, p.input_stride, rows * s.in_w,
-                         static_cast<const F*>(w.expand), static_cast<const F*>(w.expand_start),
-                         a.in_channels, s.channels, p.expand_panels, first, last, out);
+        multiply_rows(static_cast<const Value*>(input) + int64_t{next} * s.in_w * p.input_stride,
+                      p.input_stride, rows * s.in_w, expand, first, last, out);
         next += rows;
       }
       for (int i = window.lo; i < window.hi; ++i) {
@@ -148,18 +154,16 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
   }
 }
 
-template <class T>
-void gate_panels(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
-                 const void* gate, int64_t begin, int64_t end, void* to) {
-  using S = Simd<T>;
-  using F = typename S::Scalar;
-  const int depth = a.shape.channels;
+template <class F>
+void gate_panels(const MbconvInference& a, const MbconvWeights& w, const void* gate, int64_t begin,
+                 int64_t end, void* to) {
+  using S = Simd<F>;
+  const Matrix<F> matrix(w.project, a.out_channels, a.shape.channels);
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t offset = panel * kPanel<S> * depth;
-    const int vectors = panel_vectors<S>(panel, p.project_panels, a.out_channels);
-    const F* from = static_cast<const F*>(w.project) + offset;
-    F* gated = static_cast<F*>(to) + offset;
-    for (int c = 0; c < depth; ++c) {
+    const int vectors = panel_vectors<S>(panel, matrix.panels, a.out_channels);
+    const F* from = matrix.values + matrix.offset(panel);
+    F* gated = static_cast<F*>(to) + matrix.offset(panel);
+    for (int c = 0; c < matrix.depth; ++c) {
       const auto factor = S::set(static_cast<const F*>(gate)[c]);
       for (int v = 0; v < vectors; ++v, from += S::lanes, gated += S::lanes) {
         S::store(gated, S::load(from) * factor);
@@ -169,18 +173,21 @@ void gate_panels(const MbconvInference& a, const MbconvPlan& p, const MbconvWeig
 }
 
 template <class T>
-void project(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
-             const void* panels, int64_t n, const void* depthwise, const void* gate, int64_t row,
-             int64_t rows, int64_t begin, int64_t end, void* scratch) {
+void project(const MbconvInference& a, const MbconvWeights& w, const void* gated, int64_t n,
+             const void* depthwise, const void* gate, int64_t row, int64_t rows, int64_t begin,
+             int64_t end, void* scratch) {
   using F = typename Simd<T>::Scalar;
+  using Value = typename Products<T>::Value;
+  Matrix<T> matrix(w.project, a.out_channels, a.shape.channels);
+  if (gated != nullptr) matrix.values = static_cast<const Value*>(gated);
   const int c = a.shape.channels;
   const T* input = static_cast<const T*>(depthwise) + row * c;
-  const F* from = static_cast<const F*>(scratch);
-  if (sizeof(T) == sizeof(F) && gate == nullptr) {
-    from = reinterpret_cast<const F*>(input);
+  const Value* from = static_cast<const Value*>(scratch);
+  if (gate == nullptr && kGemmFormat<T>.takes(sizeof(T), c)) {
+    from = reinterpret_cast<const Value*>(input);
   } else {
-    widen_rows<T>(static_cast<F*>(scratch), c, input, rows, c, nullptr, nullptr,
-                  Activation::identity, static_cast<const F*>(gate));
+    convert_rows(static_cast<Value*>(scratch), matrix.depth, input, rows, c, nullptr, nullptr,
+                 Activation::identity, static_cast<const F*>(gate));
   }
   const int64_t offset = (n * a.shape.out_h * a.shape.out_w + row) * a.out_channels;
   GemmOutput<T> out{};
@@ -188,16 +195,19 @@ void project(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights&
   out.stride = a.out_channels;
   out.residual = a.residual ? static_cast<const T*>(a.input) + offset : nullptr;
   out.activation = a.project_activation;
-  multiply_rows<T>(from, c, static_cast<int>(rows), static_cast<const F*>(panels),
-                   static_cast<const F*>(w.project_start), c, a.out_channels, p.project_panels,
-                   begin, end, out);
+  multiply_rows(from, matrix.depth, static_cast<int>(rows), matrix, begin, end, out);
 }
 
 template <class T>
 const MbconvKernels* kernels_of() {
-  static constexpr MbconvKernels kernels = {Simd<T>::lanes, pack_block<T>,       pack_project<T>,
-                                            widen<T>,       expand_depthwise<T>, ring_bytes<T>,
-                                            gate_panels<T>, project<T>};
+  static constexpr MbconvKernels kernels = {kGemmFormat<T>,
+                                            pack_block<T>,
+                                            pack_project<T>,
+                                            convert<T>,
+                                            expand_depthwise<T>,
+                                            ring_bytes<T>,
+                                            gate_panels<typename Simd<T>::Scalar>,
+                                            project<T>};
   return &kernels;
 }
 

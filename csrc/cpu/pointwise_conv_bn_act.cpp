@@ -27,17 +27,17 @@ constexpr int64_t kGrain = 1 << 19;
 constexpr int64_t kItems = 64;
 
 PointwisePlan make_plan(const PointwiseInference& a, const PointwiseKernels& k) {
-  const int64_t size = element_size(accumulate_dtype(a.dtype));
+  const GemmFormat& f = k.format;
   PointwisePlan p;
-  const int64_t vectors = ceil_div(a.out_channels, k.lanes);
-  p.panel = 2 * k.lanes;
-  p.panels = std::max<int64_t>(vectors / 2, 1);
-  p.padded_channels = vectors * k.lanes;
+  p.panel = 2 * f.lanes;
+  p.panels = f.panels(a.out_channels);
+  p.padded_channels = f.padded(a.out_channels);
   const bool together = a.gate == nullptr && a.pooled == nullptr;
   p.images = together ? 1 : a.batch;
   p.rows = together ? a.batch * a.pixels : a.pixels;
-  p.widened = a.prologue.scale != nullptr || a.gate != nullptr || element_size(a.dtype) != size;
-  const int64_t fit = std::max<int64_t>(kBlockBytes / (a.in_channels * size), 24);
+  p.converted = a.prologue.scale != nullptr || a.gate != nullptr ||
+                !f.takes(element_size(a.dtype), a.in_channels);
+  const int64_t fit = std::max<int64_t>(kBlockBytes / (a.in_channels * f.value_bytes), 24);
   const int64_t wanted = std::max<int64_t>(ceil_div(p.images * p.rows, kItems), 24);
   p.row_blocks = ceil_div(p.rows, std::min(fit, wanted));
   p.block_rows = ceil_div(p.rows, p.row_blocks);
@@ -52,20 +52,21 @@ PointwisePlan make_plan(const PointwiseInference& a, const PointwiseKernels& k) 
 void run(const PointwiseInference& a) {
   const PointwiseKernels& k = kernels_for(a.dtype);
   const PointwisePlan p = make_plan(a, k);
-  const int64_t size = element_size(accumulate_dtype(a.dtype));
+  const GemmFormat& f = k.format;
   ask_for_huge_pages(a.output, a.batch * a.pixels * a.out_channels * element_size(a.dtype));
-  const Memory packed(p.padded_channels * (a.in_channels + 1) * size);
-  void* start = static_cast<char*>(packed.get()) + p.padded_channels * a.in_channels * size;
+  const Memory matrix(f.matrix_bytes(a.out_channels, a.in_channels));
   const int64_t panel_cost = int64_t{a.in_channels} * p.panel * 8;
   torch::stable::parallel_for(
       0, p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
-      [&](int64_t begin, int64_t end) { k.pack(a, p.panels, begin, end, packed.get(), start); });
-  const Memory sums(a.pooled == nullptr ? 1 : p.slots() * 2 * p.padded_channels * size);
+      [&](int64_t begin, int64_t end) { k.pack(a, begin, end, matrix.get()); });
+  const Memory sums(a.pooled == nullptr ? 1
+                                        : p.slots() * 2 * p.padded_channels * f.accumulate_bytes);
   const int64_t item_cost = p.block_rows * p.group_panels * p.panel * a.in_channels;
   torch::stable::parallel_for(
       0, p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
-        const Memory scratch(p.widened ? p.block_rows * a.in_channels * size : 1);
-        k.multiply(a, p, packed.get(), start, begin, end, scratch.get(),
+        const Memory scratch(p.converted ? p.block_rows * f.depth(a.in_channels) * f.value_bytes
+                                         : 1);
+        k.multiply(a, p, matrix.get(), begin, end, scratch.get(),
                    a.pooled == nullptr ? nullptr : sums.get());
       });
   if (a.pooled != nullptr) k.merge(a, p, sums.get());

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../arguments.h"
+#include "gemm_format.h"
 
 namespace effnet {
 
@@ -20,7 +21,7 @@ struct PointwisePlan {
   int64_t images, rows;     // rows of an image
   int64_t block_rows, row_blocks;
   int64_t group_panels, groups;
-  bool widened;  // rows go through the prologue, the gate or a conversion first
+  bool converted;  // rows go through the prologue, the gate or a conversion first
 
   int64_t items() const { return images * row_blocks * groups; }
   // Sums that are merged in the end: one row of padded_channels a block of rows.
@@ -29,14 +30,13 @@ struct PointwisePlan {
 
 // F is the accumulate dtype.
 struct PointwiseKernels {
-  int lanes;
-  // Panels [begin, end) of the weight into `packed`, [panel][c][channel], and `start`, [channel].
-  void (*pack)(const PointwiseInference&, int64_t panels, int64_t begin, int64_t end, void* packed,
-               void* start);
-  // Items [begin, end). scratch: block_rows * in_channels F. sums: 2 rows a slot, or null: the sums
-  // and what rounding took from them.
-  void (*multiply)(const PointwiseInference&, const PointwisePlan&, const void* packed,
-                   const void* start, int64_t begin, int64_t end, void* scratch, void* sums);
+  GemmFormat format;
+  // Panels [begin, end) of the weight into `matrix`.
+  void (*pack)(const PointwiseInference&, int64_t begin, int64_t end, void* matrix);
+  // Items [begin, end). scratch: block_rows rows. sums: 2 rows a slot, or null: the sums and what
+  // rounding took from them.
+  void (*multiply)(const PointwiseInference&, const PointwisePlan&, const void* matrix,
+                   int64_t begin, int64_t end, void* scratch, void* sums);
   // a.pooled from the sums of the slots.
   void (*merge)(const PointwiseInference&, const PointwisePlan&, const void* sums);
 };

@@ -1,7 +1,7 @@
 // The kernels of the pointwise op, compiled once for each instruction set: gemm.h on the tensors of
 // a call.
 //
-//   input (M, C) [--widen_rows: prologue, gate--> block of rows] --multiply_rows--> output (M, K)
+//   input (M, C) [--convert_rows: prologue, gate--> block of rows] --multiply_rows--> output (M, K)
 #pragma once
 
 #include "gemm.h"
@@ -12,34 +12,34 @@ namespace EFFNET_ISA {
 namespace {
 
 template <class T>
-void pack(const PointwiseInference& a, int64_t panels, int64_t begin, int64_t end, void* packed,
-          void* start) {
-  using F = typename Simd<T>::Scalar;
-  pack_panels(static_cast<F*>(packed), static_cast<F*>(start), static_cast<const T*>(a.weight),
-              a.bn, a.out_channels, a.in_channels, panels, begin, end);
+void pack(const PointwiseInference& a, int64_t begin, int64_t end, void* matrix) {
+  pack_panels(matrix, static_cast<const T*>(a.weight), a.bn, a.out_channels, a.in_channels, begin,
+              end);
 }
 
 template <class T>
 void multiply(const PointwiseInference& a, const PointwisePlan& p, const void* packed,
-              const void* start, int64_t begin, int64_t end, void* scratch, void* sums) {
+              int64_t begin, int64_t end, void* scratch, void* sums) {
   using F = typename Simd<T>::Scalar;
+  using Value = typename Products<T>::Value;
+  const Matrix<T> matrix(packed, a.out_channels, a.in_channels);
   const int c = a.in_channels;
   const int64_t k = a.out_channels;
-  int64_t widened = -1;
+  int64_t converted = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t slot = item / p.groups, group = item % p.groups, image = slot / p.row_blocks;
     const int64_t row = slot % p.row_blocks * p.block_rows;
     const int count = lesser(p.rows - row, p.block_rows);
     const T* input = static_cast<const T*>(a.input) + (image * p.rows + row) * c;
-    const F* rows = static_cast<const F*>(scratch);
-    if (!p.widened) {
-      rows = reinterpret_cast<const F*>(input);
-    } else if (slot != widened) {
+    const Value* rows = static_cast<const Value*>(scratch);
+    if (!p.converted) {
+      rows = reinterpret_cast<const Value*>(input);
+    } else if (slot != converted) {
       const F* gate = static_cast<const F*>(a.gate);
-      widen_rows(static_cast<F*>(scratch), c, input, count, c,
-                 static_cast<const F*>(a.prologue.scale), static_cast<const F*>(a.prologue.shift),
-                 a.prologue.activation, gate == nullptr ? nullptr : gate + image * c);
-      widened = slot;
+      convert_rows(static_cast<Value*>(scratch), matrix.depth, input, count, c,
+                   static_cast<const F*>(a.prologue.scale), static_cast<const F*>(a.prologue.shift),
+                   a.prologue.activation, gate == nullptr ? nullptr : gate + image * c);
+      converted = slot;
     }
     const int64_t offset = (image * p.rows + row) * k;
     GemmOutput<T> out{};
@@ -56,8 +56,7 @@ void multiply(const PointwiseInference& a, const PointwisePlan& p, const void* p
       clear(out.sums + channel, channels);
       clear(out.lost + channel, channels);
     }
-    multiply_rows<T>(rows, c, count, static_cast<const F*>(packed), static_cast<const F*>(start), c,
-                     a.out_channels, p.panels, first, last, out);
+    multiply_rows(rows, matrix.depth, count, matrix, first, last, out);
   }
 }
 
@@ -79,7 +78,7 @@ void merge(const PointwiseInference& a, const PointwisePlan& p, const void* sums
 
 template <class T>
 const PointwiseKernels* kernels_of() {
-  static constexpr PointwiseKernels kernels = {Simd<T>::lanes, pack<T>, multiply<T>, merge<T>};
+  static constexpr PointwiseKernels kernels = {kGemmFormat<T>, pack<T>, multiply<T>, merge<T>};
   return &kernels;
 }
 

@@ -141,6 +141,19 @@ struct FloatSimd {
     using Unaligned = V __attribute__((aligned(4), may_alias));
     asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "m"(*reinterpret_cast<const Unaligned*>(p)), "v"(b));
   }
+#if defined(EFFNET_TARGET_AVX512BF16)
+  // sum[i] += a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] for a and b of 32 bfloat16s; subnormal ones
+  // count as zeros.
+  static EFFNET_INLINE void accumulate_pairs(V& sum, V a, V b) {
+    sum = _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+  }
+  // p[0] and p[1] over and over.
+  static EFFNET_INLINE V set_pair(const bfloat16* p) {
+    float pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return set(pair);
+  }
+#endif
   static EFFNET_INLINE V min(V a, V b) { return _mm512_min_ps(b, a); }
   static EFFNET_INLINE V max(V a, V b) { return _mm512_max_ps(b, a); }
   static EFFNET_INLINE V if_positive(V x, V y) {
