@@ -31,7 +31,14 @@ struct Products {
 
   static EFFNET_INLINE V spread(const Value* row) { return S::set(*row); }
   static EFFNET_INLINE V load(const Value* panel) { return S::load_once(panel); }
-  static EFFNET_INLINE void add(V& sum, V a, V b) { S::accumulate(sum, a, b); }
+  static EFFNET_INLINE void add(V& sum, V a, V b) {
+    // A full set of 32 registers the compiler allocates without copies if it sees what is done.
+    if constexpr (S::registers >= 32) {
+      sum = S::fma(a, b, sum);
+    } else {
+      S::accumulate(sum, a, b);
+    }
+  }
 };
 
 #if defined(EFFNET_TARGET_AVX512BF16)
