@@ -65,8 +65,8 @@ class __attribute__((visibility("hidden"))) Checks {
 
   // Dense in the order N, H, W, C, of the call's dtype. The stride of an extent of 1 is never used
   // and may be anything.
-  const void* channels_last(const char* name, const Tensor& t, int64_t n, int64_t c, int64_t h,
-                            int64_t w) const {
+  void* channels_last(const char* name, const Tensor& t, int64_t n, int64_t c, int64_t h,
+                      int64_t w) const {
     on_device(name, t);
     has_dtype(name, t, dtype_);
     STD_TORCH_CHECK(t.dim() == 4, op_, ": ", name, " must have 4 dimensions (N, C, H, W), not ",
@@ -82,31 +82,39 @@ class __attribute__((visibility("hidden"))) Checks {
                       " must be dense channels-last, but its stride(", d, ") is ", strides[d],
                       " and not ", stride[d]);
     }
-    return t.const_data_ptr();
+    return data(t);
+  }
+
+  void* channels_last(const char* name, const OptionalTensor& t, int64_t n, int64_t c, int64_t h,
+                      int64_t w) const {
+    return t ? channels_last(name, *t, n, c, h, w) : nullptr;
   }
 
   // Contiguous, of the call's dtype.
-  const void* matrix(const char* name, const Tensor& t,
-                     std::initializer_list<int64_t> shape) const {
+  void* matrix(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     dense(name, t, shape);
     has_dtype(name, t, dtype_);
-    return t.const_data_ptr();
+    return data(t);
   }
 
-  const void* matrix(const char* name, const OptionalTensor& t,
-                     std::initializer_list<int64_t> shape) const {
+  void* matrix(const char* name, const OptionalTensor& t,
+               std::initializer_list<int64_t> shape) const {
     return t ? matrix(name, *t, shape) : nullptr;
   }
 
   // The weight of a depthwise convolution: (C, 1, k, k), contiguous, of the call's dtype.
-  const void* depthwise_weight(const char* name, const Tensor& t, int64_t c, int64_t k) const {
+  void* depthwise_weight(const char* name, const Tensor& t, int64_t c, int64_t k) const {
     on_device(name, t);
     has_dtype(name, t, dtype_);
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == c && t.size(1) == 1 && t.size(2) == k &&
                         t.size(3) == k && t.is_contiguous(),
                     op_, ": ", name, " must be contiguous and have shape (", c, ", 1, ", k, ", ", k,
                     ")");
-    return t.const_data_ptr();
+    return data(t);
+  }
+
+  void* depthwise_weight(const char* name, const OptionalTensor& t, int64_t c, int64_t k) const {
+    return t ? depthwise_weight(name, *t, c, k) : nullptr;
   }
 
   // The weight of a pointwise convolution: (K, C) or (K, C, 1, 1), contiguous, of the call's dtype.
@@ -135,11 +143,15 @@ class __attribute__((visibility("hidden"))) Checks {
   }
 
   // Contiguous, of the accumulate dtype.
-  const void* accumulated(const char* name, const Tensor& t,
-                          std::initializer_list<int64_t> shape) const {
+  void* accumulated(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     dense(name, t, shape);
     has_dtype(name, t, accumulate_dtype(dtype_));
-    return t.const_data_ptr();
+    return data(t);
+  }
+
+  void* accumulated(const char* name, const OptionalTensor& t,
+                    std::initializer_list<int64_t> shape) const {
+    return t ? accumulated(name, *t, shape) : nullptr;
   }
 
   BatchNorm batch_norm(const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
@@ -147,11 +159,6 @@ class __attribute__((visibility("hidden"))) Checks {
     STD_TORCH_CHECK(eps >= 0, op_, ": eps must be at least 0, not ", eps);
     return {channel_vector("mean", mean, c), channel_vector("var", var, c),
             channel_vector("bn_weight", weight, c), channel_vector("bn_bias", bias, c), eps};
-  }
-
-  const void* accumulated(const char* name, const OptionalTensor& t,
-                          std::initializer_list<int64_t> shape) const {
-    return t ? accumulated(name, *t, shape) : nullptr;
   }
 
   Prologue prologue(const OptionalTensor& scale, const OptionalTensor& shift, int64_t code,
@@ -196,6 +203,9 @@ class __attribute__((visibility("hidden"))) Checks {
   }
 
  private:
+  // Of results as well as of arguments: their tensors are no different.
+  static void* data(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
   static ScalarType scalar_type(Dtype dtype) {
     switch (dtype) {
       case Dtype::float16:
@@ -283,8 +293,8 @@ inline DepthwiseInference check_depthwise_inference(
   a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
   a.activation = check.activation("activation", activation);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
-  a.output = const_cast<void*>(check.channels_last("output", output, n, c, s.out_h, s.out_w));
-  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  a.output = check.channels_last("output", output, n, c, s.out_h, s.out_w);
+  a.pooled = check.accumulated("pooled", pooled, {n, c});
   return a;
 }
 
@@ -307,16 +317,14 @@ inline DepthwiseTraining check_depthwise_training(
   a.activation = check.activation("activation", activation);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
   a.batch_stats = batch_stats;
-  a.conv = const_cast<void*>(check.channels_last("conv", conv, n, c, s.out_h, s.out_w));
+  a.conv = check.channels_last("conv", conv, n, c, s.out_h, s.out_w);
   if (batch_stats) {
-    a.batch_mean = const_cast<void*>(check.accumulated("mean", mean, {c}));
-    a.batch_var = const_cast<void*>(check.accumulated("var", var, {c}));
+    a.batch_mean = check.accumulated("mean", mean, {c});
+    a.batch_var = check.accumulated("var", var, {c});
   }
-  if (output) {
-    a.output = const_cast<void*>(check.channels_last("output", *output, n, c, s.out_h, s.out_w));
-  }
+  a.output = check.channels_last("output", output, n, c, s.out_h, s.out_w);
   STD_TORCH_CHECK(output || !pooled, "depthwise_conv_bn_act_train_out: pooled needs output");
-  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  a.pooled = check.accumulated("pooled", pooled, {n, c});
   return a;
 }
 
@@ -345,20 +353,12 @@ inline DepthwiseBackward check_depthwise_backward(
   a.input = check.channels_last("input", input, n, c, s.in_h, s.in_w);
   a.weight = check.depthwise_weight("weight", weight, c, s.kernel);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
-  if (grad_input) {
-    a.grad_input =
-        const_cast<void*>(check.channels_last("grad_input", *grad_input, n, c, s.in_h, s.in_w));
-  }
-  if (grad_weight) {
-    a.grad_weight =
-        const_cast<void*>(check.depthwise_weight("grad_weight", *grad_weight, c, s.kernel));
-  }
-  a.grad_bn_weight = const_cast<void*>(check.accumulated("grad_bn_weight", grad_bn_weight, {c}));
-  a.grad_bn_bias = const_cast<void*>(check.accumulated("grad_bn_bias", grad_bn_bias, {c}));
-  a.grad_prologue_scale =
-      const_cast<void*>(check.accumulated("grad_prologue_scale", grad_prologue_scale, {c}));
-  a.grad_prologue_shift =
-      const_cast<void*>(check.accumulated("grad_prologue_shift", grad_prologue_shift, {c}));
+  a.grad_input = check.channels_last("grad_input", grad_input, n, c, s.in_h, s.in_w);
+  a.grad_weight = check.depthwise_weight("grad_weight", grad_weight, c, s.kernel);
+  a.grad_bn_weight = check.accumulated("grad_bn_weight", grad_bn_weight, {c});
+  a.grad_bn_bias = check.accumulated("grad_bn_bias", grad_bn_bias, {c});
+  a.grad_prologue_scale = check.accumulated("grad_prologue_scale", grad_prologue_scale, {c});
+  a.grad_prologue_shift = check.accumulated("grad_prologue_shift", grad_prologue_shift, {c});
   const bool wanted = a.prologue.scale != nullptr && a.grad_input != nullptr;
   STD_TORCH_CHECK(
       (a.grad_prologue_scale != nullptr) == wanted && (a.grad_prologue_shift != nullptr) == wanted,
@@ -398,10 +398,10 @@ inline PointwiseInference check_pointwise_inference(
   a.activation = check.activation("activation", activation);
   a.prologue = check.prologue(prologue_scale, prologue_shift, prologue_activation, c);
   a.gate = check.accumulated("gate", gate, {n, c});
-  a.residual = residual ? check.channels_last("residual", *residual, n, k, h, w) : nullptr;
+  a.residual = check.channels_last("residual", residual, n, k, h, w);
   a.allow_tf32 = allow_tf32;
-  a.output = const_cast<void*>(check.channels_last("output", output, n, k, h, w));
-  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, k}));
+  a.output = check.channels_last("output", output, n, k, h, w);
+  a.pooled = check.accumulated("pooled", pooled, {n, k});
   return a;
 }
 
@@ -428,9 +428,8 @@ inline ExpandDepthwise check_expand_depthwise(
   a.bn = check.batch_norm(mean, var, bn_weight, bn_bias, eps, c);
   a.activation = check.activation("activation", activation);
   a.allow_tf32 = allow_tf32;
-  a.output =
-      const_cast<void*>(check.channels_last("output", output, n, c, a.shape.out_h, a.shape.out_w));
-  a.pooled = const_cast<void*>(check.accumulated("pooled", pooled, {n, c}));
+  a.output = check.channels_last("output", output, n, c, a.shape.out_h, a.shape.out_w);
+  a.pooled = check.accumulated("pooled", pooled, {n, c});
   return a;
 }
 
@@ -442,8 +441,8 @@ inline ChannelStatistics check_channel_statistics(const Tensor& input, const Ten
   check_image_extents(check, input, a.batch, a.pixels, a.channels);
   const int64_t c = a.channels;
   a.input = check.channels_last("input", input, a.batch, c, input.size(2), input.size(3));
-  a.mean = const_cast<void*>(check.accumulated("mean", mean, {c}));
-  a.var = const_cast<void*>(check.accumulated("var", var, {c}));
+  a.mean = check.accumulated("mean", mean, {c});
+  a.var = check.accumulated("var", var, {c});
   return a;
 }
 
@@ -467,17 +466,14 @@ class __attribute__((visibility("hidden"))) BatchNormActChecks {
     a.gate = by_image("gate", gate);
   }
 
-  void* image(const char* name, const Tensor& t) const {
-    return const_cast<void*>(check_.channels_last(name, t, n_, c_, h_, w_));
-  }
   void* image(const char* name, const OptionalTensor& t) const {
-    return t ? image(name, *t) : nullptr;
+    return check_.channels_last(name, t, n_, c_, h_, w_);
   }
   void* vector(const char* name, const OptionalTensor& t) const {
-    return const_cast<void*>(check_.accumulated(name, t, {c_}));
+    return check_.accumulated(name, t, {c_});
   }
   void* by_image(const char* name, const OptionalTensor& t) const {
-    return const_cast<void*>(check_.accumulated(name, t, {n_, c_}));
+    return check_.accumulated(name, t, {n_, c_});
   }
 
  private:
@@ -558,8 +554,8 @@ inline ChannelSums check_channel_sums(const Tensor& input, const OptionalTensor&
   check_image_extents(check, input, a.batch, a.pixels, a.channels);
   const int64_t n = a.batch, c = a.channels, h = input.size(2), w = input.size(3);
   a.input = check.channels_last("input", input, n, c, h, w);
-  a.other = other ? check.channels_last("other", *other, n, c, h, w) : nullptr;
-  a.sums = const_cast<void*>(check.accumulated("sums", sums, {n, c}));
+  a.other = check.channels_last("other", other, n, c, h, w);
+  a.sums = check.accumulated("sums", sums, {n, c});
   return a;
 }
 
@@ -573,7 +569,7 @@ inline ChannelScale check_channel_scale(const Tensor& input, const Tensor& scale
   a.input = check.channels_last("input", input, n, c, h, w);
   a.scale = check.accumulated("scale", scale, {n, c});
   a.shift = check.accumulated("shift", shift, {n, c});
-  a.output = const_cast<void*>(check.channels_last("output", output, n, c, h, w));
+  a.output = check.channels_last("output", output, n, c, h, w);
   return a;
 }
 
@@ -631,8 +627,8 @@ inline SqueezeExciteGate check_squeeze_excite_gate(const Tensor& pooled, int64_t
   a.batch = pooled.size(0);
   const int64_t n = a.batch, c = a.channels, s = a.squeezed;
   a.pooled = check.accumulated("pooled", pooled, {n, c});
-  a.hidden = const_cast<void*>(check.accumulated("hidden", hidden, {n, s}));
-  a.gate = const_cast<void*>(check.accumulated("gate", gate, {n, c}));
+  a.hidden = check.accumulated("hidden", hidden, {n, s});
+  a.gate = check.accumulated("gate", gate, {n, c});
   return a;
 }
 
@@ -653,13 +649,11 @@ inline SqueezeExciteGateBackward check_squeeze_excite_gate_backward(
   a.pooled = check.accumulated("pooled", pooled, {n, c});
   a.hidden = check.accumulated("hidden", hidden, {n, s});
   a.gate = check.accumulated("gate", gate, {n, c});
-  a.grad_pooled = const_cast<void*>(check.accumulated("grad_pooled", grad_pooled, {n, c}));
-  a.grad_reduce_weight =
-      const_cast<void*>(check.matrix("grad_reduce_weight", grad_reduce_weight, {s, c}));
-  a.grad_reduce_bias = const_cast<void*>(check.matrix("grad_reduce_bias", grad_reduce_bias, {s}));
-  a.grad_expand_weight =
-      const_cast<void*>(check.matrix("grad_expand_weight", grad_expand_weight, {c, s}));
-  a.grad_expand_bias = const_cast<void*>(check.matrix("grad_expand_bias", grad_expand_bias, {c}));
+  a.grad_pooled = check.accumulated("grad_pooled", grad_pooled, {n, c});
+  a.grad_reduce_weight = check.matrix("grad_reduce_weight", grad_reduce_weight, {s, c});
+  a.grad_reduce_bias = check.matrix("grad_reduce_bias", grad_reduce_bias, {s});
+  a.grad_expand_weight = check.matrix("grad_expand_weight", grad_expand_weight, {c, s});
+  a.grad_expand_bias = check.matrix("grad_expand_bias", grad_expand_bias, {c});
   return a;
 }
 
@@ -729,7 +723,7 @@ inline MbconvInference check_mbconv(const Tensor& input, const ConvBn* expand,
   a.residual = residual;
   STD_TORCH_CHECK(!residual || (k == a.in_channels && s.out_h == s.in_h && s.out_w == s.in_w), op,
                   ": a residual needs an output of the input's shape");
-  a.output = const_cast<void*>(check.channels_last("output", output, n, k, s.out_h, s.out_w));
+  a.output = check.channels_last("output", output, n, k, s.out_h, s.out_w);
   return a;
 }
 
