@@ -18,8 +18,6 @@ namespace {
 constexpr KernelsByIsa<BatchNormActKernels> kernels_for =
     EFFNET_KERNELS_BY_ISA(batch_norm_act_kernels);
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Elements of an item: some 10 microseconds of work.
 constexpr int64_t kItemElements = 1 << 15;
 // Sums are kept for that many slots at most.

@@ -19,8 +19,6 @@ namespace {
 
 constexpr KernelsByIsa<DepthwiseKernels> kernels_for = EFFNET_KERNELS_BY_ISA(depthwise_kernels);
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What a block of channels keeps in L1: its rings of rows.
 constexpr int64_t kL1Bytes = 40 * 1024;
 // Cache lines of a pixel that a block takes together, at least: shorter pieces of memory cost more

@@ -20,7 +20,6 @@ namespace {
 
 constexpr KernelsByIsa<MbconvKernels> kernels_for = EFFNET_KERNELS_BY_ISA(mbconv_kernels);
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The rows under a window of the depthwise convolution, of one block of channels, stay in L1.

@@ -1,4 +1,4 @@
-// Memory of a call: sizes, scratch, and pages for what it writes.
+// What drivers cut a call by, and its memory: sizes, scratch, and pages for what it writes.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +12,8 @@
 #endif
 
 namespace effnet {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t element_size(Dtype dtype) {
   switch (dtype) {

@@ -17,8 +17,6 @@ namespace {
 
 constexpr KernelsByIsa<PointwiseKernels> kernels_for = EFFNET_KERNELS_BY_ISA(pointwise_kernels);
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What a block of rows takes of a core's L2 as the panels pass by.
 constexpr int64_t kBlockBytes = 128 * 1024;
 // Multiply-adds that are worth a thread: about 10 microseconds.

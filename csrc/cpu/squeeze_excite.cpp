@@ -24,8 +24,6 @@ constexpr int64_t kGrain = 1 << 15;
 // Parts of the work there should be, if an image alone has to make them.
 constexpr int64_t kParts = 16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // body(begin, end) on `count` items that cost `each`.
 template <class Body>
 void parallel(int64_t count, int64_t each, const Body& body) {
