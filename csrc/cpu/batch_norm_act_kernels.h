@@ -179,14 +179,11 @@ template <class T>
 void fold(const BatchNorm& bn, int channels, const FoldedBatchNorm& f) {
   using F = typename Simd<T>::Scalar;
   for (int c = 0; c < channels; ++c) {
-    const F mean = channel_value<F>(bn.mean, c, F(0));
-    const double invstd = 1 / std::sqrt(channel_value<F>(bn.var, c, F(1)) + bn.eps);
-    const F scale = static_cast<F>(channel_value<F>(bn.weight, c, F(1)) * invstd);
-    static_cast<F*>(f.mean)[c] = mean;
-    static_cast<F*>(f.invstd)[c] = static_cast<F>(invstd);
-    static_cast<F*>(f.scale)[c] = scale;
-    static_cast<F*>(f.shift)[c] =
-        static_cast<F>(channel_value<F>(bn.bias, c, F(0)) - static_cast<double>(mean) * scale);
+    const FoldedChannel<F> folded(bn, c);
+    static_cast<F*>(f.mean)[c] = folded.mean;
+    static_cast<F*>(f.invstd)[c] = folded.invstd;
+    static_cast<F*>(f.scale)[c] = folded.scale;
+    static_cast<F*>(f.shift)[c] = folded.shift;
   }
 }
 
@@ -436,22 +433,7 @@ const BatchNormActKernels* kernels_of() {
 }  // namespace
 
 const BatchNormActKernels* batch_norm_act_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::bfloat16:
-      return kernels_of<bfloat16>();
-#if !defined(EFFNET_TARGET_AVX512BF16)
-    case Dtype::float32:
-      return kernels_of<float>();
-    case Dtype::float16:
-      return kernels_of<half>();
-#endif
-#if defined(EFFNET_TARGET_BASELINE)
-    case Dtype::float64:
-      return kernels_of<double>();
-#endif
-    default:
-      return nullptr;
-  }
+  return for_dtype(dtype, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
 }  // namespace EFFNET_ISA

@@ -938,12 +938,10 @@ void merge_bn_gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int 
     const int channels = v == b.vectors - 1 ? b.last_channels : S::lanes;
     const SlotSums<S> sum(partials, kBnGradientRows, 0, c, p);
     const SlotSums<S> product(partials, kBnGradientRows, 1, c, p);
-    F var[S::lanes];
-    pack_channels(var, a.bn.var, F(1), p, Block{0, 1, c, channels});
     for (int i = 0; i < channels; ++i) {
       static_cast<F*>(a.grad_bn_bias)[c + i] = static_cast<F>(sum.total[i]);
-      static_cast<F*>(a.grad_bn_weight)[c + i] =
-          static_cast<F>(product.total[i] / std::sqrt(var[i] + a.bn.eps));
+      static_cast<F*>(a.grad_bn_weight)[c + i] = static_cast<F>(
+          product.total[i] / std::sqrt(channel_value(a.bn.var, c + i, F(1)) + a.bn.eps));
     }
   }
 }
@@ -1287,22 +1285,7 @@ const DepthwiseKernels* kernels_of() {
 }  // namespace
 
 const DepthwiseKernels* depthwise_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::bfloat16:
-      return kernels_of<bfloat16>();
-#if !defined(EFFNET_TARGET_AVX512BF16)
-    case Dtype::float32:
-      return kernels_of<float>();
-    case Dtype::float16:
-      return kernels_of<half>();
-#endif
-#if defined(EFFNET_TARGET_BASELINE)
-    case Dtype::float64:
-      return kernels_of<double>();
-#endif
-    default:
-      return nullptr;
-  }
+  return for_dtype(dtype, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
 }  // namespace EFFNET_ISA

@@ -253,16 +253,21 @@ EFFNET_INLINE F channel_value(const ChannelVector& x, int64_t i, F absent) {
   }
 }
 
-// The block's channels of a vector; `absent` where it is None.
+// BN of a channel: conv * scale + shift, or (conv - mean) * scale + bias.
 template <class F>
-void pack_channels(F* to, const ChannelVector& x, F absent, const DepthwisePlan& p,
-                   const Block& b) {
-  const int64_t channels = block_channels(p, b);
-  for (int64_t i = 0; i < channels; ++i) to[i] = channel_value(x, b.channel + i, absent);
-  for (int64_t i = channels; i < int64_t{b.vectors} * p.lanes; ++i) to[i] = F(0);
-}
+struct FoldedChannel {
+  F mean, invstd, scale, bias, shift;
 
-// BN of the block's channels: conv * scale + shift, or (conv - mean) * scale + bias.
+  EFFNET_INLINE FoldedChannel(const BatchNorm& bn, int64_t c)
+      : mean(channel_value(bn.mean, c, F(0))), bias(channel_value(bn.bias, c, F(0))) {
+    const double inverse = 1 / std::sqrt(channel_value(bn.var, c, F(1)) + bn.eps);
+    invstd = static_cast<F>(inverse);
+    scale = static_cast<F>(channel_value(bn.weight, c, F(1)) * inverse);
+    shift = static_cast<F>(bias - static_cast<double>(mean) * scale);
+  }
+};
+
+// BN of the block's channels.
 template <class F>
 struct PackedBatchNorm {
   F *mean, *invstd, *scale, *bias, *shift;
@@ -278,19 +283,18 @@ struct PackedBatchNorm {
     scale = invstd + size;
     bias = scale + size;
     shift = bias + size;
-    pack_channels(mean, bn.mean, F(0), p, b);
-    pack_channels(invstd, bn.var, F(1), p, b);
-    pack_channels(scale, bn.weight, F(1), p, b);
-    pack_channels(bias, bn.bias, F(0), p, b);
-    // No further than the last channel: eps may be 0, and so are the padding's variances.
     const int64_t channels = block_channels(p, b);
     for (int64_t i = 0; i < channels; ++i) {
-      const double inverse = 1 / std::sqrt(invstd[i] + bn.eps);
-      invstd[i] = static_cast<F>(inverse);
-      scale[i] = static_cast<F>(scale[i] * inverse);
-      shift[i] = static_cast<F>(bias[i] - static_cast<double>(mean[i]) * scale[i]);
+      const FoldedChannel<F> folded(bn, b.channel + i);
+      mean[i] = folded.mean;
+      invstd[i] = folded.invstd;
+      scale[i] = folded.scale;
+      bias[i] = folded.bias;
+      shift[i] = folded.shift;
     }
-    for (int64_t i = channels; i < size; ++i) shift[i] = F(0);
+    for (int64_t i = channels; i < size; ++i) {
+      mean[i] = invstd[i] = scale[i] = bias[i] = shift[i] = F(0);
+    }
   }
 };
 

@@ -129,15 +129,13 @@ void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channel
         start[k] = scales[k] = F(0);
         continue;
       }
-      const double inverse = 1 / std::sqrt(channel_value<F>(bn.var, k, F(1)) + bn.eps);
-      const F scale = static_cast<F>(channel_value<F>(bn.weight, k, F(1)) * inverse);
-      scales[k] = scale;
-      start[k] = static_cast<F>(channel_value<F>(bn.bias, k, F(0)) -
-                                static_cast<double>(channel_value<F>(bn.mean, k, F(0))) * scale);
+      const FoldedChannel<F> folded(bn, k);
+      scales[k] = folded.scale;
+      start[k] = folded.shift;
       const T* from = weight + k * in_channels;
       for (int c = 0; c < in_channels; ++c) {
         if constexpr (P::scales_matrix) {
-          at(c, i) = to_float(from[c]) * scale;
+          at(c, i) = to_float(from[c]) * folded.scale;
         } else {
           at(c, i) = from[c];
         }

@@ -214,22 +214,7 @@ const MbconvKernels* kernels_of() {
 }  // namespace
 
 const MbconvKernels* mbconv_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::bfloat16:
-      return kernels_of<bfloat16>();
-#if !defined(EFFNET_TARGET_AVX512BF16)
-    case Dtype::float32:
-      return kernels_of<float>();
-    case Dtype::float16:
-      return kernels_of<half>();
-#endif
-#if defined(EFFNET_TARGET_BASELINE)
-    case Dtype::float64:
-      return kernels_of<double>();
-#endif
-    default:
-      return nullptr;
-  }
+  return for_dtype(dtype, [](auto element) { return kernels_of<decltype(element)>(); });
 }
 
 }  // namespace EFFNET_ISA

@@ -6,6 +6,7 @@
 // Simd is the Math of epilogue.h. min and max return their first argument where it is NaN.
 #pragma once
 
+#include "../arguments.h"
 #include "../epilogue.h"
 
 namespace effnet {
@@ -510,6 +511,27 @@ EFFNET_INLINE void activate_all(Activation activation, typename S::V (&x)[N]) {
     for (int i = 0; i < Group; ++i) x[i] = first[i];
     EFFNET_UNROLL
     for (int i = Group; i < N; ++i) x[i] = rest[i - Group];
+  }
+}
+
+// of(T{}) for the T of a dtype, or null where this target has no kernels for it.
+template <class Of>
+EFFNET_INLINE auto for_dtype(Dtype dtype, const Of& of) -> decltype(of(bfloat16{})) {
+  switch (dtype) {
+    case Dtype::bfloat16:
+      return of(bfloat16{});
+#if !defined(EFFNET_TARGET_AVX512BF16)
+    case Dtype::float32:
+      return of(float{});
+    case Dtype::float16:
+      return of(half{});
+#endif
+#if defined(EFFNET_TARGET_BASELINE)
+    case Dtype::float64:
+      return of(double{});
+#endif
+    default:
+      return nullptr;
   }
 }
 

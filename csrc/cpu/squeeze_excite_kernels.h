@@ -394,22 +394,8 @@ const SqueezeExciteKernels* squeeze_excite_kernels_of() {
 }  // namespace
 
 const SqueezeExciteKernels* squeeze_excite_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::bfloat16:
-      return squeeze_excite_kernels_of<bfloat16>();
-#if !defined(EFFNET_TARGET_AVX512BF16)
-    case Dtype::float32:
-      return squeeze_excite_kernels_of<float>();
-    case Dtype::float16:
-      return squeeze_excite_kernels_of<half>();
-#endif
-#if defined(EFFNET_TARGET_BASELINE)
-    case Dtype::float64:
-      return squeeze_excite_kernels_of<double>();
-#endif
-    default:
-      return nullptr;
-  }
+  return for_dtype(dtype,
+                   [](auto element) { return squeeze_excite_kernels_of<decltype(element)>(); });
 }
 
 }  // namespace EFFNET_ISA
