@@ -19,9 +19,8 @@ void depthwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor 
   const DepthwiseInference a = check_depthwise_inference(
       input, weight, mean, var, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation,
       prologue_scale, prologue_shift, prologue_activation, output, pooled);
-  for_type("depthwise_conv_bn_act_out", a.dtype, [&](auto type) {
-    DepthwiseLaunches<typename decltype(type)::type>::inference(a, input);
-  });
+  for_launches<DepthwiseLaunches>("depthwise_conv_bn_act_out", a.dtype,
+                                  [&](auto launches) { launches.inference(a, input); });
 }
 
 void depthwise_conv_bn_act_train_out(Tensor input, Tensor weight, OptionalTensor bn_weight,
@@ -34,9 +33,8 @@ void depthwise_conv_bn_act_train_out(Tensor input, Tensor weight, OptionalTensor
   const DepthwiseTraining a = check_depthwise_training(
       input, weight, bn_weight, bn_bias, eps, stride, pad_top, pad_left, activation, prologue_scale,
       prologue_shift, prologue_activation, batch_stats, conv, mean, var, output, pooled);
-  for_type("depthwise_conv_bn_act_train_out", a.dtype, [&](auto type) {
-    DepthwiseLaunches<typename decltype(type)::type>::training(a, input);
-  });
+  for_launches<DepthwiseLaunches>("depthwise_conv_bn_act_train_out", a.dtype,
+                                  [&](auto launches) { launches.training(a, input); });
 }
 
 void depthwise_conv_bn_act_backward_out(
@@ -52,9 +50,8 @@ void depthwise_conv_bn_act_backward_out(
       input, weight, stride, pad_top, pad_left, prologue_scale, prologue_shift, prologue_activation,
       grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_prologue_scale,
       grad_prologue_shift);
-  for_type("depthwise_conv_bn_act_backward_out", a.dtype, [&](auto type) {
-    DepthwiseLaunches<typename decltype(type)::type>::backward(a, input);
-  });
+  for_launches<DepthwiseLaunches>("depthwise_conv_bn_act_backward_out", a.dtype,
+                                  [&](auto launches) { launches.backward(a, input); });
 }
 
 }  // namespace

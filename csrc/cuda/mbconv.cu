@@ -20,8 +20,8 @@ void expand_depthwise_out(Tensor input, Tensor expand_weight, Tensor expand_mean
       input, expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps,
       expand_activation, weight, mean, var, bn_weight, bn_bias, eps, stride, pad_top, pad_left,
       activation, allow_tf32, output, pooled);
-  for_type("expand_depthwise_out", a.dtype,
-           [&](auto type) { ExpandLaunches<typename decltype(type)::type>::inference(a, input); });
+  for_launches<ExpandLaunches>("expand_depthwise_out", a.dtype,
+                               [&](auto launches) { launches.inference(a, input); });
 }
 
 }  // namespace

@@ -112,19 +112,11 @@ void ExpandLaunches<T>::inference(const ExpandDepthwise& a, const Tensor& like) 
     t.output_vectors =
         s.channels % Sizes::kLaneChannels == 0 && reinterpret_cast<uintptr_t>(a.output) % 4 == 0;
     const int64_t tiles = int64_t{t.tiles_h} * t.tiles_w;
-    float* sums = static_cast<float*>(a.pooled);
-    OptionalTensor partial;
-    if (a.pooled != nullptr && tiles > 1) {
-      partial = workspace(like, s.batch * tiles * s.channels);
-      sums = floats(*partial);
-    }
+    const ImageSums sums(like, a.pooled, s.batch, tiles, s.channels);
     device.launch(expand_depthwise_kernel<T, kernel(), step()>,
                   ceil_div(s.batch, t.images) * tiles * t.channel_blocks, kExpandThreads, t.bytes,
-                  a, t, sums);
-    if (partial) {
-      reduce_partials(device, sums, s.batch, tiles, s.channels, s.channels, 1,
-                      static_cast<float*>(a.pooled));
-    }
+                  a, t, sums.data());
+    sums.add_up(device);
   });
 }
 

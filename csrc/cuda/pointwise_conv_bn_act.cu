@@ -66,19 +66,10 @@ struct Candidate {
 template <class T, class Sizes>
 void launch(const Device& device, const PointwiseInference& a, const Candidate<T, Sizes>& c,
             const Tensor& like) {
-  const int64_t parts = c.tiling.row_tiles;
-  float* pooled = static_cast<float*>(a.pooled);
-  OptionalTensor partial;
-  if (a.pooled != nullptr && parts > 1) {
-    partial = workspace(like, a.batch * parts * a.out_channels);
-    pooled = floats(*partial);
-  }
+  const ImageSums pooled(like, a.pooled, a.batch, c.tiling.row_tiles, a.out_channels);
   device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads,
-                Sizes::shared_bytes(c.tiling.stages), a, c.tiling, pooled);
-  if (partial) {
-    reduce_partials(device, pooled, a.batch, parts, a.out_channels, a.out_channels, 1,
-                    static_cast<float*>(a.pooled));
-  }
+                Sizes::shared_bytes(c.tiling.stages), a, c.tiling, pooled.data());
+  pooled.add_up(device);
 }
 
 void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor var,

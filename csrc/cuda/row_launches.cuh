@@ -43,6 +43,12 @@ void for_type(const char* op, Dtype dtype, const Body& body) {
   }
 }
 
+// Calls body(Launches<T>{}) for the type T of `dtype`.
+template <template <class> class Launches, class Body>
+void for_launches(const char* op, Dtype dtype, const Body& body) {
+  for_type(op, dtype, [&](auto type) { body(Launches<typename decltype(type)::type>{}); });
+}
+
 // Whether every pointer allows 16-byte accesses at each multiple of a vector of channels.
 inline bool allows_vectors(int channels, int vector, std::initializer_list<const void*> pointers) {
   if (channels % vector != 0) return false;
@@ -149,5 +155,30 @@ void reduce_partials(const Device& device, const float* partial, int64_t outer, 
                 kReduceSharedBytes, partial, static_cast<int>(slots), channels, lanes,
                 channel_blocks, outer_stride, channel_stride, first, second);
 }
+
+// Where a kernel's blocks write sums of an image's parts, (batch, parts, channels) float32: a
+// workspace that add_up sums into `result`, (batch, channels), or `result` itself where an image is
+// one part.
+class __attribute__((visibility("hidden"))) ImageSums {
+ public:
+  // result: null where no sums are wanted. data() is, too, then.
+  ImageSums(const Tensor& like, void* result, int64_t batch, int64_t parts, int channels)
+      : result_(static_cast<float*>(result)), batch_(batch), parts_(parts), channels_(channels) {
+    if (result != nullptr && parts > 1) partial_ = workspace(like, batch * parts * channels);
+  }
+
+  float* data() const { return partial_ ? floats(*partial_) : result_; }
+
+  void add_up(const Device& device) const {
+    if (!partial_) return;
+    reduce_partials(device, floats(*partial_), batch_, parts_, channels_, channels_, 1, result_);
+  }
+
+ private:
+  float* result_;
+  int64_t batch_, parts_;
+  int channels_;
+  OptionalTensor partial_;
+};
 
 }  // namespace effnet::cuda

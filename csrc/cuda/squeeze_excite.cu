@@ -12,25 +12,20 @@
 namespace effnet::cuda {
 namespace {
 
-void channel_sums_out(Tensor input, OptionalTensor other, Tensor sums) {
-  const ChannelSums a = check_channel_sums(input, other, sums);
+void channel_sums_out(Tensor input, OptionalTensor other, Tensor output) {
+  const ChannelSums a = check_channel_sums(input, other, output);
   for_type("channel_sums_out", a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Device device(input);
     for_vector<T>(a.channels, {a.input, a.other}, [&](auto vector) {
       constexpr int V = vector();
       const RowTiling tiling = row_tiling<V>(device, a.batch, a.pixels, a.channels);
-      float* const out = static_cast<float*>(a.sums);
-      OptionalTensor partial;
-      if (tiling.chunks > 1) partial = workspace(input, a.batch * tiling.chunks * a.channels);
+      const ImageSums sums(input, a.sums, a.batch, tiling.chunks, a.channels);
       const int threads = thread_count(tiling);
       device.launch(channel_sums_kernel<T, V>, block_count(tiling), threads,
                     sum_shared_bytes(tiling, V, threads), static_cast<const T*>(a.input),
-                    static_cast<const T*>(a.other), tiling, partial ? floats(*partial) : out);
-      if (partial) {
-        reduce_partials(device, floats(*partial), a.batch, tiling.chunks, a.channels, a.channels, 1,
-                        out);
-      }
+                    static_cast<const T*>(a.other), tiling, sums.data());
+      sums.add_up(device);
     });
   });
 }
