@@ -1,129 +1,16 @@
-// Batch normalisation and activation of a depthwise (or any) convolution's output, for training:
-// statistics from per-block partials, normalise + activate (+ pool), and the two sums of the
-// backward pass. The tensors are (rows, channels) matrices: NHWC with N * H * W = rows.
+// Batch normalisation and activation of any convolution's output: statistics, normalise + activate
+// (+ gate, residual, pool), the sums of the backward pass, and the gradients of input and gate. The
+// tensors are (groups, rows, channels): NHWC, a group being an image where something is given or
+// summed per image, else all of them.
 #pragma once
 
+#include "moments.cuh"
 #include "rows.cuh"
 
 namespace effnet::cuda {
 
-// count, mean and M2 (the sum of squared deviations from the mean) of a set of values.
-struct Moments {
-  double count = 0., mean = 0., m2 = 0.;
-
-  // Chan's formula for the union of two sets.
-  EFFNET_DEVICE void merge(const Moments& other) {
-    if (other.count == 0.) return;
-    const double total = count + other.count;
-    const double share = other.count / total;
-    const double delta = other.mean - mean;
-    mean += delta * share;
-    m2 += other.m2 + delta * delta * count * share;
-    count = total;
-  }
-};
-
-// Sums of deviations from one of the values, `origin`, and of their squares. In float64, nothing is
-// lost to a mean that is far from zero, or to an origin some standard deviations from the mean.
-struct ShiftedSums {
-  float origin = 0.f;
-  double sum = 0., squares = 0.;
-
-  EFFNET_DEVICE Moments moments(double count) const {
-    if (count == 0.) return {};
-    const double mean = sum / count;
-    return {count, origin + mean, squares - sum * mean};
-  }
-};
-
-constexpr int kStatisticsChannels = 8;
-constexpr int kStatisticsLanes = 32;
-constexpr int kStatisticsThreads = kStatisticsChannels * kStatisticsLanes;
-constexpr int kStatisticsUnroll = 4;
-constexpr size_t kStatisticsSharedBytes = 3 * kStatisticsThreads * sizeof(double);
-
-// mean[c], var[c] (biased) from per-block moments: partial is (3, slots, channels) float64, the
-// planes being count, mean and M2. With d = the mean of a slot - the mean of the first one,
-//   n = sum count,  s1 = sum count * d,  s2 = sum (M2 + count * d^2)
-//   mean = first mean + s1 / n,  var = (s2 - s1^2 / n) / n
-// There is no division before the end, and slots do not wait for one another. The means of slots
-// are much closer to each other than float64 resolves, so s2 - s1^2 / n loses nothing that counts,
-// however far they are from zero.
-// A block takes 8 channels (whole sectors), 32 threads each: thread (lane, c) adds up every 32nd
-// slot, then the lanes are added in pairs, always in this order. Blocks: ceil(channels / 8).
-// Traffic: partial read.
-static __global__ void __launch_bounds__(kStatisticsThreads)
-    batch_statistics_kernel(const double* __restrict__ partial, int slots, int channels,
-                            float* mean_out, float* var_out) {
-  const int lane = threadIdx.x / kStatisticsChannels;
-  const int channel =
-      blockIdx.x * kStatisticsChannels + static_cast<int>(threadIdx.x) % kStatisticsChannels;
-  const int64_t plane = static_cast<int64_t>(slots) * channels;
-
-  double first_mean = 0., count = 0., s1 = 0., s2 = 0.;
-  if (channel < channels) {
-    // Of the first slot that holds anything: the mean of an empty one would be far from the others.
-    const double* p = partial + channel;
-    double first_count = *p;
-    first_mean = p[plane];
-#pragma unroll 1
-    for (int slot = 1; first_count == 0. && slot < slots; ++slot) {
-      p += channels;
-      first_count = *p;
-      first_mean = p[plane];
-    }
-    const double* from = partial + static_cast<int64_t>(lane) * channels + channel;
-    const int64_t step = static_cast<int64_t>(kStatisticsLanes) * channels;
-#pragma unroll 1
-    for (int slot = lane; slot < slots; slot += kStatisticsUnroll * kStatisticsLanes) {
-      double n[kStatisticsUnroll], mean[kStatisticsUnroll], m2[kStatisticsUnroll];
-#pragma unroll
-      for (int i = 0; i < kStatisticsUnroll; ++i) {
-        const bool valid = slot + i * kStatisticsLanes < slots;
-        n[i] = valid ? from[i * step] : 0.;
-        mean[i] = valid ? from[i * step + plane] : 0.;
-        m2[i] = valid ? from[i * step + 2 * plane] : 0.;
-      }
-#pragma unroll
-      for (int i = 0; i < kStatisticsUnroll; ++i) {
-        // An empty slot's mean and M2 count for nothing, whatever they are.
-        const double d = n[i] == 0. ? 0. : mean[i] - first_mean;
-        count += n[i];
-        s1 = fma(n[i], d, s1);
-        s2 += fma(n[i] * d, d, n[i] == 0. ? 0. : m2[i]);
-      }
-      from += kStatisticsUnroll * step;
-    }
-  }
-  double* shared = reinterpret_cast<double*>(shared_floats());
-  shared[threadIdx.x] = count;
-  shared[kStatisticsThreads + threadIdx.x] = s1;
-  shared[2 * kStatisticsThreads + threadIdx.x] = s2;
-#pragma unroll 1
-  for (int half = kStatisticsThreads / 2; half >= kStatisticsChannels; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) {
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        double* sum = shared + i * kStatisticsThreads + threadIdx.x;
-        *sum += sum[half];
-      }
-    }
-  }
-  if (lane == 0 && channel < channels) {
-    count = shared[threadIdx.x];
-    s1 = shared[kStatisticsThreads + threadIdx.x];
-    s2 = shared[2 * kStatisticsThreads + threadIdx.x];
-    const double shift = count == 0. ? 0. : s1 / count;
-    const double m2 = s2 - s1 * shift;
-    mean_out[channel] = static_cast<float>(first_mean + shift);
-    // Rounding may leave less than nothing of a constant's; NaN comes through.
-    var_out[channel] = static_cast<float>(count == 0. || m2 < 0. ? 0. : m2 / count);
-  }
-}
-
-// Vectors of the backward kernel, which holds seven per-channel vectors in registers: half as wide
-// as the others' for 16-bit elements.
+// Vectors of the kernels that read two tensors, which hold up to seven per-channel vectors in
+// registers: half as wide as the others' for 16-bit elements.
 template <int V>
 constexpr int kPairVector = V < 4 ? V : 4;
 
@@ -131,10 +18,12 @@ constexpr int kPairVector = V < 4 ? V : 4;
 template <class T, int V>
 constexpr int kPairUnroll = sizeof(T) * V < 16 ? kRowUnroll : kRowUnroll / 2;
 
-// Calls body(the activation as a compile-time constant): the loop in it has no branches, and the
-// compiler may interleave its rows.
-template <class Body>
+// Calls body(the activation as a compile-time constant) where vectors are more than one element:
+// the loop in it has no branches, and the compiler may interleave its rows. Single elements, for
+// odd channel counts, are not worth seven times the code: body(activation).
+template <int V, class Body>
 EFFNET_DEVICE void for_activation(Activation activation, const Body& body) {
+  if constexpr (V == 1) return body(activation);
   switch (activation) {
     case Activation::identity:
       return body(std::integral_constant<Activation, Activation::identity>{});
@@ -177,8 +66,8 @@ struct BlockNorms {
   }
 };
 
-// What the two kernels below take of shared memory: BlockNorms, and what sum_row_lanes takes for
-// `sums` sums.
+// What the kernels below take of shared memory: BlockNorms, and what sum_row_lanes takes for `sums`
+// sums.
 inline size_t row_shared_bytes(const RowTiling& tiling, int vector, int sums) {
   const size_t per_channel =
       BlockNorms::kVectors * sizeof(float) +
@@ -186,15 +75,31 @@ inline size_t row_shared_bytes(const RowTiling& tiling, int vector, int sums) {
   return per_channel * tiling.lanes * vector;
 }
 
-// output = activate((z - mean) * scale + bias), and pooled partials when asked for:
-// partial[group, chunk, c] = the sum of the float32 outputs of the block's rows.
-// Traffic: z read, output written. Four rows of 16-byte loads are in flight in each thread: with
-// 768 threads, 48 KB a multiprocessor, several times what the latency of the memory asks for.
-// Shared memory: row_shared_bytes for one sum with `partial`, else for none.
+// A thread's channels of its group in a (groups, channels) matrix; `absent` where there is none.
 template <class T, int V>
+EFFNET_DEVICE Floats<V> group_values(const float* matrix, const RowBlock<T, V>& block, int channels,
+                                     float absent) {
+  if (matrix == nullptr) return broadcast<V>(absent);
+  return load_floats<V>(matrix + block.group * channels + block.channel);
+}
+
+// With v = activate((z - mean) * scale + bias), what has a pointer of
+//   output = v * gate,   partial[group, chunk, c] = sum of v over the block's rows
+// and with kOther
+//   output = v * gate + other,   partial: the same
+// or, where there is gated_other,
+//   output = v * gate,   gated_other = other * gate,   partial: the sum of v * other.
+// gate is (groups, channels), or null for ones. gated_other may be other.
+// Traffic: z, and other, read; output, and gated_other, written. Four rows of 16-byte loads are in
+// flight in each thread, or 32 bytes of each of two tensors: with 768 threads, 48 KB a
+// multiprocessor, several times what the latency of the memory asks for.
+// Shared memory: row_shared_bytes for one sum with `partial`, else for none.
+template <class T, int V, bool kOther>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
     batch_norm_act_kernel(const T* __restrict__ z, BatchNorm bn, Activation activation,
-                          RowTiling tiling, T* __restrict__ output, float* __restrict__ partial) {
+                          const float* __restrict__ gate, const T* other, RowTiling tiling,
+                          T* __restrict__ output, T* gated_other, float* __restrict__ partial) {
+  constexpr int kUnroll = kOther ? kPairUnroll<T, V> : kRowUnroll;
   const RowBlock<T, V> block(tiling);
   const int block_channels = tiling.lanes * V;
   const BlockNorms norms = BlockNorms::compute<T>(bn, shared_floats(), block.first_channel,
@@ -211,16 +116,33 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
 #pragma unroll
       for (int j = 0; j < V; ++j) bias[j] = fmaf(-mean[j], scale[j], bias[j]);
     }
-    for_activation(activation, [&](auto constant) {
-      Vector<T, V> raw[kRowUnroll];
-      for_rows<kRowUnroll>(
-          block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(z, offset)); },
+    const Floats<V> factor = group_values(gate, block, tiling.channels, 1.f);
+    for_activation<V>(activation, [&](auto known) {
+      Vector<T, V> raw[kUnroll], raw_other[kOther ? kUnroll : 1];
+      for_rows<kUnroll>(
+          block,
+          [&](int i, int64_t offset) {
+            raw[i] = load_vector<V>(at(z, offset));
+            if constexpr (kOther) raw_other[i] = load_vector<V>(at(other, offset));
+          },
           [&](int i, int64_t offset) {
             const Floats<V> x = unpack_halves<T, V>(raw[i]);
-            const Floats<V> y = activate<Math<T, V>>(
-                decltype(constant)::value, multiply_add(kFolded ? x : x - mean, scale, bias));
-            store(at(output, offset), y);
-            sums[0] = sums[0] + y;
+            const Floats<V> v =
+                activate<Math<T, V>>(known, multiply_add(kFolded ? x : x - mean, scale, bias));
+            if constexpr (kOther) {
+              const Floats<V> y = unpack_halves<T, V>(raw_other[i]);
+              if (gated_other != nullptr) {
+                sums[0] = multiply_add(v, y, sums[0]);
+                store(at(output, offset), v * factor);
+                store(at(gated_other, offset), y * factor);
+              } else {
+                sums[0] = sums[0] + v;
+                store(at(output, offset), multiply_add(v, factor, y));
+              }
+            } else {
+              sums[0] = sums[0] + v;
+              if (output != nullptr) store(at(output, offset), v * factor);
+            }
           });
     });
   }
@@ -234,17 +156,40 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
                 });
 }
 
-// With g = grad_output + grad_pooled and du = g * activate'(u), per block:
+// What a thread needs of its channels for the gradient with respect to u, where d = z - mean and
+// u = d * scale + bias:   du = (g * gate + pooled) * activate'(u).
+template <class T, int V>
+struct ActivationGradient {
+  Floats<V> mean, scale, bias, gate, pooled;
+
+  EFFNET_DEVICE ActivationGradient(const BlockNorms& norms, const RowBlock<T, V>& block,
+                                   const float* gates, const float* grad_pooled, int channels) {
+    const int i = block.channel - block.first_channel;
+    mean = load_floats<V>(norms.mean + i);
+    scale = load_floats<V>(norms.scale + i);
+    bias = load_floats<V>(norms.bias + i);
+    gate = group_values(gates, block, channels, 1.f);
+    pooled = group_values(grad_pooled, block, channels, 0.f);
+  }
+
+  EFFNET_DEVICE Floats<V> operator()(Activation activation, const Floats<V>& g,
+                                     const Floats<V>& d) const {
+    return multiply_add(g, gate, pooled) *
+           activate_grad<Math<T, V>>(activation, multiply_add(d, scale, bias));
+  }
+};
+
+// With du as above for g = grad_output, per block:
 //   partial[0, slot, c] = sum du,   partial[1, slot, c] = sum du * xhat
-// slot = group * chunks + chunk. grad_pooled is (groups, channels).
+// slot = group * chunks + chunk. gate and grad_pooled are (groups, channels), or null.
 // Traffic: grad_output and z read. Of each, a thread has 32 bytes in flight: with 768 threads,
 // 48 KB a multiprocessor. Shared memory: row_shared_bytes for two sums.
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
-    batch_norm_act_backward_kernel(const T* __restrict__ grad_output,
-                                   const float* __restrict__ grad_pooled, const T* __restrict__ z,
-                                   BatchNorm bn, Activation activation, RowTiling tiling,
-                                   float* __restrict__ partial) {
+    batch_norm_act_sums_kernel(const T* __restrict__ grad_output, const T* __restrict__ z,
+                               BatchNorm bn, Activation activation, const float* __restrict__ gate,
+                               const float* __restrict__ grad_pooled, RowTiling tiling,
+                               float* __restrict__ partial) {
   constexpr int kUnroll = kPairUnroll<T, V>;
   const RowBlock<T, V> block(tiling);
   const int block_channels = tiling.lanes * V;
@@ -252,18 +197,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
                                                   block_channels, tiling.channels);
   Floats<V> sums[2] = {broadcast<V>(0.f), broadcast<V>(0.f)};  // of du, of du * (z - mean)
   if (block.active) {
-    const int i = block.channel - block.first_channel;
-    const Floats<V> mean = load_floats<V>(norms.mean + i);
-    const Floats<V> scale = load_floats<V>(norms.scale + i);
-    const Floats<V> bias = load_floats<V>(norms.bias + i);
-    Floats<V> pooled = broadcast<V>(0.f);
-    if (grad_pooled != nullptr) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        pooled[j] = grad_pooled[block.group * tiling.channels + block.channel + j];
-      }
-    }
-    for_activation(activation, [&](auto constant) {
+    const ActivationGradient<T, V> gradient(norms, block, gate, grad_pooled, tiling.channels);
+    for_activation<V>(activation, [&](auto known) {
       Vector<T, V> raw_g[kUnroll], raw_z[kUnroll];
       for_rows<kUnroll>(
           block,
@@ -272,10 +207,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
             raw_z[i] = load_vector<V>(at(z, offset));
           },
           [&](int i, int64_t) {
-            const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - mean;
-            const Floats<V> du =
-                (unpack_halves<T, V>(raw_g[i]) + pooled) *
-                activate_grad<Math<T, V>>(decltype(constant)::value, multiply_add(d, scale, bias));
+            const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - gradient.mean;
+            const Floats<V> du = gradient(known, unpack_halves<T, V>(raw_g[i]), d);
             sums[0] = sums[0] + du;
             sums[1] = multiply_add(du, d, sums[1]);
           });
@@ -290,6 +223,128 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
                   if (i >= left) return;
                   out[k * plane + i] = static_cast<float>(k == 0 ? sum : sum * norms.invstd[i]);
                 });
+}
+
+// grad_input = scale * (du - (sum du + xhat * sum du * xhat) / count), du as above; both sums null:
+// scale * du. `linear`, with the identity and no gate: grad_output is scale * du already, and may
+// be grad_input. Traffic: grad_output and z read, grad_input written; as many bytes in flight as
+// above. Shared memory: row_shared_bytes for no sum.
+template <class T, int V>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
+    batch_norm_act_backward_kernel(const T* grad_output, const T* __restrict__ z, BatchNorm bn,
+                                   Activation activation, const float* __restrict__ gate,
+                                   const float* __restrict__ grad_pooled,
+                                   const float* __restrict__ sum_du,
+                                   const float* __restrict__ sum_du_xhat, float inverse_count,
+                                   bool linear, RowTiling tiling, T* grad_input) {
+  constexpr int kUnroll = kPairUnroll<T, V>;
+  const RowBlock<T, V> block(tiling);
+  const BlockNorms norms = BlockNorms::compute<T>(bn, shared_floats(), block.first_channel,
+                                                  tiling.lanes * V, tiling.channels);
+  if (!block.active) return;
+  ActivationGradient<T, V> gradient(norms, block, gate, grad_pooled, tiling.channels);
+  Floats<V> constant = broadcast<V>(0.f), slope = constant;
+  if (sum_du != nullptr) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float each = -gradient.scale[j] * inverse_count;
+      constant[j] = each * sum_du[block.channel + j];
+      slope[j] = each * norms.invstd[block.channel - block.first_channel + j] *
+                 sum_du_xhat[block.channel + j];
+    }
+  }
+  // The identity's derivative does without the scale.
+  if (linear) gradient.scale = broadcast<V>(1.f);
+  for_activation<V>(activation, [&](auto known) {
+    Vector<T, V> raw_g[kUnroll], raw_z[kUnroll];
+    for_rows<kUnroll>(
+        block,
+        [&](int i, int64_t offset) {
+          raw_g[i] = load_vector<V>(at(grad_output, offset));
+          raw_z[i] = load_vector<V>(at(z, offset));
+        },
+        [&](int i, int64_t offset) {
+          const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - gradient.mean;
+          const Floats<V> du = gradient(known, unpack_halves<T, V>(raw_g[i]), d);
+          store(at(grad_input, offset),
+                multiply_add(slope, d, multiply_add(du, gradient.scale, constant)));
+        });
+  });
+}
+
+// What channel_statistics_kernel takes of shared memory: three floats of each thread's channels,
+// and two sums of each part.
+inline size_t statistics_shared_bytes(const RowTiling& tiling, int vector) {
+  return (2 * tiling.parts * sizeof(double) + 3 * tiling.row_lanes * sizeof(float)) * tiling.lanes *
+         vector;
+}
+
+// The moments of each block's rows, for batch_statistics_kernel: partial[(count, mean, M2), chunk,
+// c], float64; one group.
+// A thread adds up, in float32, deviations d from an origin of its own, the mean of its first rows,
+// and their squares. A row far from all others costs digits only if it is one of those, and only of
+// that thread's sums. With e = the thread's origin less that of the first row lane,
+//   sum (d + e) = sum d + n e,   sum (d + e)^2 = sum d^2 + e (2 sum d + n e)
+// are the same sums around one origin for all row lanes: in float64, as ShiftedSums has them.
+// Traffic: input read; four rows of 16-byte loads are in flight in each thread. Shared memory:
+// statistics_shared_bytes.
+template <class T, int V>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
+    channel_statistics_kernel(const T* __restrict__ input, RowTiling tiling,
+                              double* __restrict__ partial) {
+  const int channels = tiling.lanes * V, row_lanes = tiling.row_lanes;
+  double* const part_sums = reinterpret_cast<double*>(shared_floats());
+  float* const origins = shared_floats() + 4 * tiling.parts * channels;  // (row lane, channel)
+  float* const sums = origins + row_lanes * channels;
+  float* const squares = sums + row_lanes * channels;
+  {
+    const RowBlock<T, V> block(tiling);
+    Floats<V> origin = broadcast<V>(0.f), sum = origin, square = origin;
+    if (block.active && block.rows > 0) {
+      int few = 0;
+#pragma unroll
+      for (int i = 0; i < kRowUnroll; ++i) {
+        if (block.rows <= i * row_lanes) break;
+        origin = origin + load<V>(at(input, block.first + i * block.step));
+        ++few;
+      }
+      origin = origin * broadcast<V>(1.f / few);
+      Vector<T, V> raw[kRowUnroll];
+      for_rows<kRowUnroll>(
+          block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(input, offset)); },
+          [&](int i, int64_t) {
+            const Floats<V> d = unpack_halves<T, V>(raw[i]) - origin;
+            sum = sum + d;
+            square = multiply_add(d, d, square);
+          });
+    }
+    store_floats(origins + threadIdx.x * V, origin);
+    store_floats(sums + threadIdx.x * V, sum);
+    store_floats(squares + threadIdx.x * V, square);
+  }
+  const RowBlock<T, V> block(tiling);
+  const int rows = block.rows + static_cast<int>(threadIdx.x) / tiling.lanes;  // of the block
+  double* const out = partial + block.slot * tiling.channels + block.first_channel;
+  const int64_t plane = int64_t{tiling.chunks} * tiling.channels;
+  const int left = tiling.channels - block.first_channel;
+  add_row_lanes<2>(
+      part_sums, channels, tiling,
+      [&](int k, int r, int channel) {
+        const int i = r * channels + channel;
+        // Row lanes beyond the last row have nothing.
+        const double n = (rows - r + row_lanes - 1) / row_lanes;
+        const double e = static_cast<double>(origins[i]) - origins[channel];
+        const double around = sums[i] + n * e;
+        return n <= 0. ? 0. : k == 0 ? around : squares[i] + e * (sums[i] + around);
+      },
+      [&](int channel, const double (&totals)[2]) {
+        if (channel >= left) return;
+        const ShiftedSums all{origins[channel], totals[0], totals[1]};
+        const Moments moments = all.moments(rows);
+        out[channel] = moments.count;
+        out[plane + channel] = moments.mean;
+        out[2 * plane + channel] = moments.m2;
+      });
 }
 
 }  // namespace effnet::cuda

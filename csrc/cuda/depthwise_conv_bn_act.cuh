@@ -29,8 +29,8 @@
 // aligned, the same templates run with V = 1.
 #pragma once
 
-#include "batch_norm_act.cuh"
 #include "depthwise_window.cuh"
+#include "moments.cuh"
 #include "vector.cuh"
 
 namespace effnet::cuda {

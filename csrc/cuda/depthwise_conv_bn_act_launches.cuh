@@ -1,6 +1,6 @@
 // The launches of the depthwise op on one storage type: choice of the kernel's instantiation,
-// cutting into blocks, workspaces. The kernels are in depthwise_conv_mma.cuh,
-// depthwise_conv_bn_act.cuh and batch_norm_act.cuh.
+// cutting into blocks, workspaces. The kernels are in depthwise_conv_mma.cuh and
+// depthwise_conv_bn_act.cuh; what is element by element is batch_norm_act.h's.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "batch_norm_act.cuh"
+#include "batch_norm_act.h"
 #include "depthwise_conv_bn_act.cuh"
 #include "depthwise_conv_bn_act.h"
 #include "depthwise_conv_mma.cuh"
@@ -139,8 +139,8 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
 }
 
 // The forward kernel: that of the tensor cores for whole vectors of 16-bit elements and stride 1,
-// where it measures faster. `fits` is
-// whether a tiling is one that can be launched; V = 1 always fits.
+// where it measures faster. `fits` is whether a tiling is one that can be launched; V = 1 always
+// fits.
 template <class T, int V, int K, int S>
 struct Forward {
   static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels && S == 1;
@@ -222,8 +222,6 @@ struct Backward {
   }
 };
 
-// Cuts (groups, rows, channels) into blocks for the kernels of batch_norm_act.cuh: as many as run
-// at a time, so that each computes its channels' constants and adds up its row lanes but once.
 // Calls body(Kernel{}, tiling) for Kernel<T, V, K, S>, or for Kernel<T, 1, K, S> where that does
 // not fit the device.
 template <template <class, int, int, int> class Kernel, class T, int V, int K, int S, class Body>
@@ -234,6 +232,18 @@ void for_kernel(const Device& device, const DepthwiseShape& s, const Body& body)
   } else {
     body(Kernel<T, 1, K, S>{}, Kernel<T, 1, K, S>::tiling(device, s));
   }
+}
+
+// What BN and the activation after a convolution are given of the depthwise op's arguments.
+template <class Arguments>
+void fill_batch_norm_act(BatchNormAct& to, const Arguments& a, const void* conv) {
+  to.dtype = a.dtype;
+  to.batch = a.shape.batch;
+  to.pixels = int64_t{a.shape.out_h} * a.shape.out_w;
+  to.channels = a.shape.channels;
+  to.input = conv;
+  to.bn = a.bn;
+  to.activation = a.activation;
 }
 
 template <class T>
@@ -254,19 +264,11 @@ void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& 
             f.bn = a.bn;
             f.activation = a.activation;
             f.output = static_cast<T*>(a.output);
-            f.pooled = static_cast<float*>(a.pooled);
             const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
-            const bool reduced = a.pooled != nullptr && parts > 1;
-            OptionalTensor partial;
-            if (reduced) {
-              partial = workspace(like, s.batch * parts * s.channels);
-              f.pooled = floats(*partial);
-            }
+            const ImageSums pooled(like, a.pooled, s.batch, parts, s.channels);
+            f.pooled = pooled.data();
             Kernel::launch(device, f);
-            if (reduced) {
-              reduce_partials(device, f.pooled, s.batch, parts, s.channels, s.channels, 1,
-                              static_cast<float*>(a.pooled));
-            }
+            pooled.add_up(device);
           });
     });
   });
@@ -297,61 +299,38 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
         }
         Kernel::launch(device, f);
         if (a.batch_stats) {
-          STD_TORCH_CHECK(slots <= INT32_MAX, "too large: ", slots, " partial statistics");
-          device.launch(batch_statistics_kernel, ceil_div(s.channels, kStatisticsChannels),
-                        kStatisticsThreads, kStatisticsSharedBytes, f.moments,
-                        static_cast<int>(slots), s.channels, static_cast<float*>(a.batch_mean),
-                        static_cast<float*>(a.batch_var));
+          merge_moments(device, f.moments, slots, s.channels, a.batch_mean, a.batch_var);
         }
       });
     });
-
-    if (a.output == nullptr) return;
-    const int64_t image = int64_t{s.out_h} * s.out_w;
-    const bool pool = a.pooled != nullptr;
-    const RowTiling tiling =
-        row_tiling<V>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
-    float* pooled_out = static_cast<float*>(a.pooled);
-    const bool reduced = pool && tiling.chunks > 1;
-    OptionalTensor partial;
-    if (reduced) partial = workspace(like, s.batch * tiling.chunks * s.channels);
-    device.launch(batch_norm_act_kernel<T, V>, block_count(tiling), thread_count(tiling),
-                  row_shared_bytes(tiling, V, pool ? 1 : 0), static_cast<const T*>(a.conv), a.bn,
-                  a.activation, tiling, static_cast<T*>(a.output),
-                  reduced ? floats(*partial) : pooled_out);
-    if (reduced) {
-      reduce_partials(device, floats(*partial), s.batch, tiling.chunks, s.channels, s.channels, 1,
-                      pooled_out);
-    }
   });
+  if (a.output == nullptr) return;
+
+  BatchNormActForward f{};
+  fill_batch_norm_act(f, a, a.conv);
+  f.output = a.output;
+  f.pooled = a.pooled;
+  BatchNormActLaunches<T>::forward(device, f, like);
 }
 
 template <class T>
 void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& like) {
   const Device device(like);
   const DepthwiseShape& s = a.shape;
+
+  // Pass one: the gradients of BN's weight and bias, which batch statistics need before pass two.
+  BatchNormActSums sums{};
+  fill_batch_norm_act(sums, a, a.conv);
+  sums.grad_output = a.grad_output;
+  sums.grad_pooled = a.grad_pooled;
+  sums.grad_bn_weight = a.grad_bn_weight;
+  sums.grad_bn_bias = a.grad_bn_bias;
+  BatchNormActLaunches<T>::sums(device, sums, like);
+  if (a.grad_input == nullptr && a.grad_weight == nullptr) return;
+
+  // Pass two: grad_conv, and from it the other gradients.
   for_vector<T>(s.channels, {a.grad_output, a.conv, a.input, a.grad_input}, [&](auto vector) {
-    constexpr int V = vector(), kPair = kPairVector<V>;
-
-    // Pass one: the gradients of BN's weight and bias, which batch statistics need before pass
-    // two.
-    const int64_t image = int64_t{s.out_h} * s.out_w;
-    const bool pool = a.grad_pooled != nullptr;
-    const RowTiling rows =
-        row_tiling<kPair>(device, pool ? s.batch : 1, pool ? image : s.batch * image, s.channels);
-    const int64_t row_slots = rows.groups * rows.chunks;
-    {
-      const Tensor partial = workspace(like, 2 * row_slots * s.channels);
-      device.launch(batch_norm_act_backward_kernel<T, kPair>, block_count(rows), thread_count(rows),
-                    row_shared_bytes(rows, kPair, 2), static_cast<const T*>(a.grad_output),
-                    static_cast<const float*>(a.grad_pooled), static_cast<const T*>(a.conv), a.bn,
-                    a.activation, rows, floats(partial));
-      reduce_partials(device, floats(partial), 2, row_slots, s.channels, 0, 1,
-                      static_cast<float*>(a.grad_bn_bias), static_cast<float*>(a.grad_bn_weight));
-    }
-    if (a.grad_input == nullptr && a.grad_weight == nullptr) return;
-
-    // Pass two: grad_conv, and from it the other gradients.
+    constexpr int V = vector();
     for_window(s, [&](auto kernel, auto step) {
       constexpr int K = kernel(), S = step();
       for_kernel<Backward, T, V, K, S>(device, s, [&](auto launch, const auto& tiling) {

@@ -44,9 +44,10 @@
 
 #include <algorithm>
 
-#include "batch_norm_act.cuh"
 #include "depthwise_conv_bn_act.cuh"
 #include "mma.cuh"
+#include "moments.cuh"
+#include "rows.cuh"
 
 namespace effnet::cuda {
 

@@ -131,39 +131,56 @@ EFFNET_DEVICE Floats<V> unpack_halves(const Vector<T, V>& raw) {
   }
 }
 
-// Adds up each of the threads' sums over the row lanes of a block, and calls
-// result(k, i, the total of sums[k] for the block's channel i) in one thread each.
-// `parts` threads a channel add some row lanes each, then one adds the parts: all in float64, for
-// sums of many rows may nearly cancel, and in a fixed order.
+// Calls result(i, totals) for each channel i of the block, in one thread each, where totals[k] is
+// the sum over the block's row lanes r of value(k, r, i). Nothing that value reads may still be
+// being written: there is a barrier first. `parts` threads a channel add some row lanes each, then
+// one adds the parts: all in float64, for sums of many rows may nearly cancel, and in a fixed
+// order. part_sums: kSums * parts * channels.
+template <int kSums, class Value, class Result>
+EFFNET_DEVICE void add_row_lanes(double* part_sums, int channels, const RowTiling& tiling,
+                                 const Value& value, const Result& result) {
+  const int parts = tiling.parts;
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums * parts * channels; i += blockDim.x) {
+    const int k = i / (parts * channels), rest = i % (parts * channels);
+    const int part = rest / channels, channel = rest % channels;
+    double sum = 0.;
+    for (int r = part; r < tiling.row_lanes; r += parts) sum += value(k, r, channel);
+    part_sums[i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    double totals[kSums];
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      const double* from = part_sums + k * parts * channels + i;
+      totals[k] = 0.;
+      for (int part = 0; part < parts; ++part) totals[k] += from[part * channels];
+    }
+    result(i, totals);
+  }
+}
+
+// As add_row_lanes, for sums[k] of the threads: calls result(k, i, their total).
 // Shared memory: kSums * lanes * V * (parts doubles + row_lanes floats), aligned to 16 bytes.
 template <int V, int kSums, class Result>
 EFFNET_DEVICE void sum_row_lanes(const Floats<V> (&sums)[kSums], float* shared,
                                  const RowTiling& tiling, const Result& result) {
   const int channels = tiling.lanes * V;
-  const int parts = tiling.parts, row_lanes = tiling.row_lanes;
-  double* const part_sums = reinterpret_cast<double*>(shared);
-  float* const rows = shared + 2 * kSums * parts * channels;
+  float* const rows = shared + 2 * kSums * tiling.parts * channels;
 #pragma unroll
   for (int k = 0; k < kSums; ++k) {
     store_floats(rows + (k * blockDim.x + threadIdx.x) * V, sums[k]);  // (k, row lane, channel)
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSums * parts * channels; i += blockDim.x) {
-    const int k = i / (parts * channels), rest = i % (parts * channels);
-    const int part = rest / channels, channel = rest % channels;
-    const float* from = rows + k * row_lanes * channels + channel;
-    double sum = 0.;
-    for (int r = part; r < row_lanes; r += parts) sum += from[r * channels];
-    part_sums[i] = sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSums * channels; i += blockDim.x) {
-    const int k = i / channels, channel = i % channels;
-    const double* from = part_sums + k * parts * channels + channel;
-    double sum = 0.;
-    for (int part = 0; part < parts; ++part) sum += from[part * channels];
-    result(k, channel, sum);
-  }
+  add_row_lanes<kSums>(
+      reinterpret_cast<double*>(shared), channels, tiling,
+      [&](int k, int r, int channel) {
+        return static_cast<double>(rows[(k * tiling.row_lanes + r) * channels + channel]);
+      },
+      [&](int channel, const double (&totals)[kSums]) {
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) result(k, channel, totals[k]);
+      });
 }
 
 }  // namespace effnet::cuda
