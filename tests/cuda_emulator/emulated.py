@@ -18,10 +18,22 @@ import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from ops.depthwise_cases import CASES, Case, make_arguments, run
+from ops.test_batch_norm_act import CASES as BATCH_NORM_ACT_CASES
+from ops.test_batch_norm_act import (
+    FUNCTION_CASES,
+    FunctionCase,
+    call_functions,
+    check_functions,
+    make_function_tensors,
+)
+from ops.test_batch_norm_act import Case as BatchNormActCase
+from ops.test_batch_norm_act import check as check_batch_norm_act
 from ops.test_depthwise_conv_bn_act import check
 from ops.test_mbconv import CASES as MBCONV_CASES
 from ops.test_mbconv import Case as MbconvCase
 from ops.test_mbconv import check as check_mbconv
+from ops.test_mbconv_train import CASES as MBCONV_TRAIN_CASES
+from ops.test_mbconv_train import check as check_mbconv_train
 from ops.test_pointwise_conv_bn_act import CASES as POINTWISE_CASES
 from ops.test_pointwise_conv_bn_act import Case as PointwiseCase
 from ops.test_pointwise_conv_bn_act import check as check_pointwise
@@ -39,7 +51,9 @@ from effnet_kernels.activations import Activation
 from effnet_kernels.ops.mbconv_cost import fuse_expand
 
 op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
+batch_norm_act = importlib.import_module("effnet_kernels.ops.batch_norm_act")
 mbconv = importlib.import_module("effnet_kernels.ops.mbconv")
+mbconv_train = importlib.import_module("effnet_kernels.ops.mbconv_train")
 pointwise = importlib.import_module("effnet_kernels.ops.pointwise_conv_bn_act")
 squeeze_excite = importlib.import_module("effnet_kernels.ops.squeeze_excite")
 
@@ -50,7 +64,11 @@ backends._cpp_kernel = lambda name: getattr(torch.ops.effnet_kernels_emulator, n
 _ON_CPU = torch.library.Library("effnet_kernels", "IMPL")
 for _name, _implementation in (
     (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward),
+    (batch_norm_act.OP, batch_norm_act._forward),
+    (f"{batch_norm_act.OP}_backward", batch_norm_act._backward),
     (mbconv.OP, mbconv._inference), (pointwise.OP, pointwise._inference),
+    (mbconv_train.OP, mbconv_train._forward),
+    (f"{mbconv_train.OP}_backward", mbconv_train._backward),
     (squeeze_excite.OP, squeeze_excite._forward),
     (f"{squeeze_excite.OP}_backward", squeeze_excite._backward),
     (f"{squeeze_excite.OP}_gate", squeeze_excite._gate),
@@ -586,3 +604,105 @@ def test_mbconv_error_rule(case: MbconvCase, dtype: torch.dtype, fused: bool) ->
     """The block as a whole, with the expansion in the depthwise convolution's launch or before."""
     with fuse_expand(fused):
         check_mbconv(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", BATCH_NORM_ACT_CASES, ids=str)
+def test_batch_norm_act_error_rule(case: BatchNormActCase, dtype: torch.dtype) -> None:
+    """As for the depthwise op."""
+    check_batch_norm_act(case, dtype, "cpu")
+
+
+_draw = random.Random(3).choice
+# Every activation on whole vectors and on single channels, the options drawn; then extents that a
+# thread, a block's lanes or its rows take in several turns.
+BATCH_NORM_ACT_SHAPES = [
+    *FUNCTION_CASES,
+    *(
+        FunctionCase(
+            _draw((1, 3)),
+            channels,
+            *_draw(((1, 5), (7, 7), (9, 5))),
+            activation.name,
+            batch_stats=_draw((False, True)),
+            gate=_draw((False, True)),
+            residual=_draw((False, True)),
+            pool=_draw((False, True)),
+            affine=_draw((False, True)),
+        )
+        for activation, channels in itertools.product(Activation, (16, 5))
+    ),
+    FunctionCase(2, 8, 23, 29, gate=True, pool=True),
+    FunctionCase(2, 3, 23, 29, gate=True, residual=True),
+    FunctionCase(2, 520, 3, 3, gate=True, residual=True, pool=True),
+    FunctionCase(40, 24, 2, 1, gate=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*zip(BATCH_NORM_ACT_SHAPES, itertools.cycle(DTYPES), strict=False)],
+    ids=str,
+)
+def test_batch_norm_act_functions(
+    case: FunctionCase, dtype: torch.dtype, multiprocessors: int
+) -> None:
+    """Each function by itself, in one block and in many."""
+    check_functions(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["input", "grad_output", "gate", "grad_pooled", "residual"])
+def test_batch_norm_act_unaligned(name: str, dtype: torch.dtype) -> None:
+    """A tensor that begins between two 16-byte boundaries: single elements for vectors."""
+    case = FunctionCase(2, 16, 5, 3, gate=True, residual=True, pool=True)
+    tensors = make_function_tensors(case, dtype, "cpu")
+    aligned = call_functions(case, tensors, "cpu")
+    unaligned = call_functions(case, {**tensors, name: shifted(tensors[name])}, "cpu")
+    for result, expected in zip(unaligned.values(), aligned.values(), strict=True):
+        # The order of sums is another's.
+        torch.testing.assert_close(result, expected, rtol=0, atol=0.02)
+
+
+def test_batch_norm_act_deterministic(multiprocessors: int) -> None:
+    """The same bits, whatever the order of blocks and threads."""
+    case = FunctionCase(3, 24, 13, 11, gate=True, residual=True, pool=True)
+    tensors = make_function_tensors(case, torch.bfloat16, "cpu")
+    first, second = (call_functions(case, tensors, "cpu") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+@pytest.mark.parametrize("channels", [16, 3])
+def test_batch_norm_act_statistics(channels: int, multiprocessors: int) -> None:
+    """Values far from zero, first pixels far from the others, and constants keep their digits."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, channels, 64, 48, generator=generator) + 1000.0
+    image[:, 0, 0] = 0.0  # more than a thread's first rows
+    image[:, 1] = 7.0
+    image[:, 2] = 0.0
+    image[:, 2, 0, 0] = 1000.0
+    image = image.contiguous(memory_format=torch.channels_last)
+    mean, var = torch.full((2, channels), torch.nan)
+    torch.ops.effnet_kernels_emulator.channel_statistics_out(image, mean, var)
+    exact_var, exact_mean = torch.var_mean(image.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
+
+
+def test_batch_norm_act_float64_is_refused() -> None:
+    """An error, not a wrong result."""
+    case = FunctionCase(1, 8, 3, 3)
+    tensors = make_function_tensors(case, torch.float32, "cpu")
+    double = {name: None if t is None else t.double() for name, t in tensors.items()}
+    with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
+        call_functions(case, double, "cpu")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*zip(MBCONV_TRAIN_CASES, itertools.cycle(DTYPES), strict=False)], ids=str
+)
+def test_mbconv_train(case: MbconvCase, dtype: torch.dtype, training: bool) -> None:
+    """The block with gradients: its kernels are those of the ops above, its products PyTorch's."""
+    check_mbconv_train(case, dtype, "cpu", training=training, scaled=training)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from devices import device_of, skip_in_interpreter
 from torch import Tensor
 
-from effnet_kernels import use_backend
+from effnet_kernels import backends, use_backend
+from effnet_kernels.activations import EAGER, Activation
 from effnet_kernels.ops import batch_norm_act
 
 
@@ -138,6 +140,197 @@ def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None
     """Forward and backward keep the error rule."""
     skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     check(case, dtype, kernel_backend)
+
+
+@dataclass(frozen=True)
+class FunctionCase:
+    """One call of each function of csrc/ops.cpp that the ops here are composed of."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    activation: str = "silu"
+    batch_stats: bool = True
+    gate: bool = False
+    residual: bool = False
+    pool: bool = False
+    affine: bool = True
+
+    def __str__(self) -> str:
+        words = [f"{self.batch}x{self.channels}x{self.height}x{self.width}", self.activation]
+        words += [w for w in ("batch_stats", "gate", "residual", "pool") if getattr(self, w)]
+        words += [] if self.affine else ["plain"]
+        return "-".join(words)
+
+
+FUNCTION_CASES = [
+    FunctionCase(2, 32, 9, 7, gate=True, residual=True, pool=True),
+    FunctionCase(3, 24, 7, 7, "identity", residual=True),
+    FunctionCase(2, 13, 5, 9, "hardswish", batch_stats=False, gate=True, pool=True),
+    FunctionCase(5, 8, 1, 1, "relu6", pool=True, affine=False),
+]
+
+
+def make_function_tensors(
+    case: FunctionCase, dtype: torch.dtype, device: str
+) -> dict[str, Tensor | None]:
+    """The tensors that the functions read, by name."""
+    generator = torch.Generator().manual_seed(0)
+    n, c = case.batch, case.channels
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def image() -> Tensor:
+        x = random(n, c, case.height, case.width).to(dtype).to(device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def values(*shape: int) -> Tensor:
+        return random(*shape).float().to(device)
+
+    return {
+        "input": image() + 1.0,
+        "mean": values(c),
+        "var": values(c).abs() + 0.5,
+        "bn_weight": values(c).abs() + 0.5 if case.affine else None,
+        "bn_bias": values(c) if case.affine else None,
+        "gate": values(n, c) if case.gate else None,
+        "residual": image() if case.residual else None,
+        "grad_output": image(),
+        "grad_pooled": values(n, c) if case.pool else None,
+    }
+
+
+def call_functions(
+    case: FunctionCase, tensors: dict[str, Tensor | None], backend: str
+) -> dict[str, Tensor]:
+    """What the functions write, by name, into tensors that were NaN before or are read, too."""
+    t, code = tensors, Activation[case.activation]
+    image, grad_output, gate = t["input"], t["grad_output"], t["gate"]
+
+    def function(name: str, *arguments: Any) -> None:
+        backends.kernel(backend, f"{name}_out")(*arguments)
+
+    def unknown(like: Tensor) -> Tensor:
+        return torch.full_like(like, torch.nan)
+
+    mean, var = unknown(t["mean"]), unknown(t["var"])
+    function("channel_statistics", image, mean, var)
+    results = {"mean": mean, "var": var}
+    if not case.batch_stats:
+        mean, var = t["mean"], t["var"]
+    bn = (mean, var, t["bn_weight"], t["bn_bias"], 1e-3)
+
+    output, pooled = unknown(image), unknown(mean.new_empty(case.batch, case.channels))
+    function(
+        "batch_norm_act", image, *bn, code, gate, t["residual"], output,
+        pooled if case.pool else None,
+    )  # fmt: skip
+    results["output"] = output
+    if case.pool:
+        alone = unknown(pooled)
+        function("batch_norm_act", image, *bn, code, gate, None, None, alone)
+        results |= {"pooled": pooled, "pooled (alone)": alone}
+
+    grad_weight, grad_bias = unknown(mean), unknown(mean)
+    common = (grad_output, image, *bn, code, gate, t["grad_pooled"])
+    function("batch_norm_act_sums", *common, grad_weight, grad_bias)
+    results |= {"grad bn_weight": grad_weight, "grad bn_bias": grad_bias}
+    statistics = (grad_weight, grad_bias) if case.batch_stats else (None, None)
+    grad_input = unknown(image)
+    function("batch_norm_act_backward", *common, *statistics, False, grad_input)
+    # What the activation would do to it is done already; in place.
+    linear = grad_output.clone()
+    function(
+        "batch_norm_act_backward", linear, image, *bn, code, None, None, *statistics, True, linear
+    )
+    results |= {"grad input": grad_input, "grad input (linear)": linear}
+
+    if gate is not None:
+        gated, grad_gate, grad_gated = unknown(image), unknown(gate), grad_output.clone()
+        function(
+            "batch_norm_act_gate", grad_gated, image, *bn, code, gate, grad_gate, gated, grad_gated
+        )
+        results |= {"grad gate": grad_gate, "gated": gated, "grad gated": grad_gated}
+    return results
+
+
+def function_reference(
+    case: FunctionCase, tensors: dict[str, Tensor | None], ours: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The same in PyTorch's own ops. The linear gradient takes the sums as they are in ``ours``."""
+    t = dict(tensors)
+    dtype = t["input"].dtype
+
+    def by_channel(x: Tensor) -> Tensor:
+        return x.to(dtype)[..., None, None]
+
+    for name, value in (("bn_weight", 1.0), ("bn_bias", 0.0)):
+        if t[name] is None:
+            t[name] = torch.full_like(t["mean"], value)
+    leaves = {
+        name: t[name].detach().clone().requires_grad_()
+        for name in ("input", "bn_weight", "bn_bias", "gate")
+        if t[name] is not None
+    }
+    image, weight, bias, gate = (
+        leaves.get(name) for name in ("input", "bn_weight", "bn_bias", "gate")
+    )
+    with torch.no_grad():
+        accumulated = image.to(t["mean"].dtype)
+        var, mean = torch.var_mean(accumulated, (0, 2, 3), correction=0)
+    results = {"mean": mean, "var": var}
+    if not case.batch_stats:
+        mean, var = t["mean"], t["var"]
+    given = (None, None) if case.batch_stats else (mean, var)
+    y = F.batch_norm(image, *given, weight, bias, case.batch_stats, 0.0, 1e-3)
+    v = EAGER[Activation[case.activation]](y)
+    gated = v if gate is None else v * by_channel(gate)
+    outputs, upstream = [gated], [t["grad_output"]]
+    if case.pool:
+        pooled = v.sum((2, 3))
+        outputs.append(pooled)
+        upstream.append(t["grad_pooled"].to(dtype))
+        results |= {"pooled": pooled, "pooled (alone)": pooled}
+    results["output"] = gated if t["residual"] is None else gated + t["residual"]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    results |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    linear = t["grad_output"]
+    if case.batch_stats:
+        invstd = (var + 1e-3).rsqrt()
+        xhat = (t["input"] - by_channel(mean)) * by_channel(invstd)
+        through = by_channel(ours["grad bn_bias"]) + xhat * by_channel(ours["grad bn_weight"])
+        elements = image.numel() // case.channels
+        linear = linear - by_channel(weight.detach() * invstd) * through / elements
+    results["grad input (linear)"] = linear
+    if gate is not None:
+        results |= {"gated": gated, "grad gated": t["grad_output"] * by_channel(gate)}
+    return results
+
+
+def check_functions(case: FunctionCase, dtype: torch.dtype, backend: str) -> None:
+    """Results at most 2x, gradients at most 3x eager's own error from float64."""
+    tensors = make_function_tensors(case, dtype, device_of(backend))
+    ours = call_functions(case, tensors, backend)
+    eager = function_reference(case, tensors, ours)
+    double = {name: None if t is None else t.double() for name, t in tensors.items()}
+    exact = function_reference(case, double, ours)
+    assert ours.keys() == exact.keys()
+    for name, result in ours.items():
+        factor = GRADIENT if name.startswith("grad") else FORWARD
+        assert_error_rule(
+            f"{name} of {case}", result, eager[name], exact[name], result.dtype, factor
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FUNCTION_CASES, ids=str)
+def test_functions(case: FunctionCase, dtype: torch.dtype, kernel_backend: str) -> None:
+    """Each function by itself keeps the error rule, and works in place where it may."""
+    if dtype != torch.float32 and kernel_backend == "triton" and device_of("triton") == "cpu":
+        pytest.skip("the interpreter is slow; the tests of the op have the other dtypes")
+    check_functions(case, dtype, kernel_backend)
 
 
 @pytest.mark.parametrize("training", [True, False])
