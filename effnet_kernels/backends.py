@@ -59,7 +59,6 @@ class Backend:
         devices: the device types whose tensors it takes.
         dtypes: the dtypes it takes.
         min_capability: the least CUDA compute capability, for CUDA tensors.
-        lacks: the ops that it has no kernels for.
     """
 
     name: str
@@ -67,16 +66,11 @@ class Backend:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     min_capability: tuple[int, int] = (0, 0)
-    lacks: frozenset[str] = frozenset()
 
-    def refusal(
-        self, device: torch.device, dtype: torch.dtype, op: str | None = None
-    ) -> str | None:
-        """Why a call (of ``op``) on tensors of ``dtype`` on ``device`` cannot run here, or None."""
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why a call on tensors of ``dtype`` on ``device`` cannot run here, or None."""
         if self.missing is not None:
             return self.missing
-        if op in self.lacks:
-            return f"has no kernels for {op} yet"
         if device.type not in self.devices:
             return f"takes {' or '.join(self.devices)} tensors, not {device.type}"
         if dtype not in self.dtypes:
@@ -96,10 +90,7 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-CUDA = Backend(
-    "cuda", extension.CUDA_MISSING, ("cuda",), _LOW, (8, 0),
-    lacks=frozenset({"batch_norm_act", "mbconv_train"}),
-)  # fmt: skip
+CUDA = Backend("cuda", extension.CUDA_MISSING, ("cuda",), _LOW, (8, 0))
 TRITON = Backend(
     "triton", _triton_missing(), ("cuda", "cpu") if _INTERPRETED else ("cuda",), _LOW, (8, 0)
 )
@@ -174,26 +165,21 @@ def select(op: str, input: Tensor, faster: str | None = None) -> str:
             raise ValueError(
                 f"EFFNET_KERNELS_BACKEND: got {_demanded!r}, expected one of {', '.join(NAMES)}"
             )
-        reason = KERNEL_BACKENDS[_demanded].refusal(device, dtype, op)
+        reason = KERNEL_BACKENDS[_demanded].refusal(device, dtype)
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_demanded!r} was demanded, but {reason}")
         return _demanded
-    if faster is not None and KERNEL_BACKENDS[faster].refusal(device, dtype, op) is None:
+    if faster is not None and KERNEL_BACKENDS[faster].refusal(device, dtype) is None:
         return faster
     for name, backend in KERNEL_BACKENDS.items():
         # The interpreter is for tests: thousands of times slower than eager, so never a choice.
         if backend is TRITON and device.type == "cpu":
             continue
-        if backend.refusal(device, dtype, op) is None:
+        if backend.refusal(device, dtype) is None:
             return name
     if not torch.compiler.is_compiling():
         _warn_eager(op, device.type, dtype)
     return EAGER
-
-
-def demanded_lacks(op: str) -> bool:
-    """Whether a backend is demanded that has no kernels for ``op``."""
-    return _demanded in KERNEL_BACKENDS and op in KERNEL_BACKENDS[_demanded].lacks
 
 
 def takes_as_given(input: Any) -> bool:

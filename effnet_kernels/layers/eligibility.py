@@ -136,17 +136,6 @@ def call_refusal(op: str, input: Tensor) -> str | None:
         return "an ONNX export is running"
     if nn_module._has_any_global_hook():
         return "hooks on all modules are registered"
-    return op_refusal(op, input)
-
-
-def op_refusal(op: str, input: Tensor) -> str | None:
-    """Why no kernels of ``op`` take ``input``, a call on which nothing else speaks against.
-
-    Raises:
-        RuntimeError: the backend that ``use_backend`` demands cannot take the call.
-    """
-    if backends.demanded_lacks(op):
-        return f"the demanded backend has no kernels for {op}"
     if backends.select(op, input) == backends.EAGER:
         return "no kernel backend takes the call"
     return None

@@ -78,12 +78,6 @@ def statistics_refusal(norms: Sequence[nn.BatchNorm2d]) -> str | None:
     return None
 
 
-def whole_op(norm: nn.BatchNorm2d) -> str:
-    """The op that ``run_mbconv`` runs a block on whose BNs are as ``norm``."""
-    inference = not torch.is_grad_enabled() and not normalises_by_batch(norm)
-    return "mbconv" if inference else "mbconv_train"
-
-
 def drawn_sample_scale(input: Tensor, keep: float, *, rescaled: bool) -> Tensor:
     """What drop path multiplies each image by, (N,), drawn as timm and torchvision draw it.
 

@@ -37,7 +37,6 @@ from effnet_kernels.layers.eligibility import (
     depthwise_conv_refusal,
     module_refusal,
     named_refusal,
-    op_refusal,
     pointwise_conv_refusal,
     squeeze_excite_parts_refusal,
 )
@@ -48,7 +47,6 @@ from effnet_kernels.layers.mbconv import (
     drawn_sample_scale,
     run_mbconv,
     statistics_refusal,
-    whole_op,
 )
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
@@ -77,7 +75,7 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn2", self.bn2):
             output: Tensor = super().forward(x)
             return output
-        if _takes_whole(self, self.bn2, x):
+        if whole_refusal(self) is None:
             return _run_whole(
                 self,
                 x,
@@ -111,7 +109,7 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         if not _takes(x, self.conv_dw, "bn1", self.bn1):
             output: Tensor = super().forward(x)
             return output
-        if _takes_whole(self, self.bn1, x):
+        if whole_refusal(self) is None:
             return _run_whole(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
@@ -208,12 +206,6 @@ def norm_refusal(norm: BatchNormAct2d) -> str | None:
 
 def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
     return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
-
-
-def _takes_whole(
-    block: InvertedResidual | DepthwiseSeparableConv, norm: BatchNormAct2d, x: Tensor
-) -> bool:
-    return whole_refusal(block) is None and op_refusal(whole_op(norm), x) is None
 
 
 def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:

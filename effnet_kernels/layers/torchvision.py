@@ -22,7 +22,6 @@ from effnet_kernels.layers.eligibility import (
     conv_padding,
     depthwise_conv_refusal,
     named_refusal,
-    op_refusal,
     pointwise_conv_refusal,
     squeeze_excite_parts_refusal,
 )
@@ -33,7 +32,6 @@ from effnet_kernels.layers.mbconv import (
     drawn_sample_scale,
     run_mbconv,
     statistics_refusal,
-    whole_op,
 )
 from effnet_kernels.ops import squeeze_excite
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
@@ -58,8 +56,7 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
             ACTIVATIONS[type(se.scale_activation)],
         )
         padding = conv_padding(depthwise_stage.conv)
-        op = whole_op(depthwise_stage.norm)
-        if whole_refusal(self) is None and op_refusal(op, input) is None:
+        if whole_refusal(self) is None:
             block = Block(
                 None if expand is None else _stage(expand),
                 depthwise_stage,

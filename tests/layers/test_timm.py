@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import pickle
 import re
@@ -30,7 +29,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
 
 import effnet_kernels
-from effnet_kernels import backends, convert, report
+from effnet_kernels import convert, report
 from effnet_kernels.layers.timm import squeeze_excite_refusal, whole_refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,18 +319,6 @@ def test_whole_block() -> None:
     fused.bn1.act = nn.GELU()
     stock.bn1.act = nn.GELU()
     assert ops(False) == (0, 1, 2)
-
-
-@pytest.mark.parametrize("cls", [InvertedResidual, DepthwiseSeparableConv])
-def test_backend_without_an_op(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the demanded backend has no kernels for a block with gradients, its stages run."""
-    stock, fused = make_blocks(cls)
-    cpu = dataclasses.replace(backends.CPU, lacks=frozenset({"mbconv_train"}))
-    monkeypatch.setitem(backends.KERNEL_BACKENDS, "cpu", cpu)
-    with effnet_kernels.use_backend("cpu"), Calls() as calls:
-        ours = fused.train()(images())
-    assert (calls.whole, calls.fused) == (0, 1)
-    torch.testing.assert_close(ours, stock.train()(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_plain_and_16_bit_bn() -> None:
