@@ -26,7 +26,7 @@ void launch_batch_norm_act(const Device& device, const BatchNormAct& a, const vo
                            void* output, void* gated_other, void* sums, const Tensor& like) {
   const bool by_image = a.gate != nullptr || sums != nullptr;
   const RowTiling tiling = image_tiling<V>(device, a, by_image);
-  const ImageSums partial(like, sums, a.batch, tiling.chunks, a.channels);
+  const ImageSums partial(like, static_cast<float*>(sums), a.batch, tiling.chunks, a.channels);
   device.launch(batch_norm_act_kernel<T, V, kOther>, block_count(tiling), thread_count(tiling),
                 row_shared_bytes(tiling, V, sums != nullptr ? 1 : 0),
                 static_cast<const T*>(a.input), a.bn, a.activation,

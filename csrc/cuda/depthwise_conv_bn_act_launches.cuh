@@ -265,7 +265,7 @@ void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& 
             f.activation = a.activation;
             f.output = static_cast<T*>(a.output);
             const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
-            const ImageSums pooled(like, a.pooled, s.batch, parts, s.channels);
+            const ImageSums pooled(like, static_cast<float*>(a.pooled), s.batch, parts, s.channels);
             f.pooled = pooled.data();
             Kernel::launch(device, f);
             pooled.add_up(device);

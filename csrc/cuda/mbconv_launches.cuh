@@ -112,7 +112,7 @@ void ExpandLaunches<T>::inference(const ExpandDepthwise& a, const Tensor& like) 
     t.output_vectors =
         s.channels % Sizes::kLaneChannels == 0 && reinterpret_cast<uintptr_t>(a.output) % 4 == 0;
     const int64_t tiles = int64_t{t.tiles_h} * t.tiles_w;
-    const ImageSums sums(like, a.pooled, s.batch, tiles, s.channels);
+    const ImageSums sums(like, static_cast<float*>(a.pooled), s.batch, tiles, s.channels);
     device.launch(expand_depthwise_kernel<T, kernel(), step()>,
                   ceil_div(s.batch, t.images) * tiles * t.channel_blocks, kExpandThreads, t.bytes,
                   a, t, sums.data());

@@ -66,7 +66,8 @@ struct Candidate {
 template <class T, class Sizes>
 void launch(const Device& device, const PointwiseInference& a, const Candidate<T, Sizes>& c,
             const Tensor& like) {
-  const ImageSums pooled(like, a.pooled, a.batch, c.tiling.row_tiles, a.out_channels);
+  const ImageSums pooled(like, static_cast<float*>(a.pooled), a.batch, c.tiling.row_tiles,
+                         a.out_channels);
   device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads,
                 Sizes::shared_bytes(c.tiling.stages), a, c.tiling, pooled.data());
   pooled.add_up(device);

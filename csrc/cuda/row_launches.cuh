@@ -158,16 +158,17 @@ void reduce_partials(const Device& device, const float* partial, int64_t outer, 
 
 // Where a kernel's blocks write sums of an image's parts, (batch, parts, channels) float32: a
 // workspace that add_up sums into `result`, (batch, channels), or `result` itself where an image is
-// one part.
+// one part. A template, so that the reduction is compiled only where it is launched.
+template <class Output>
 class __attribute__((visibility("hidden"))) ImageSums {
  public:
   // result: null where no sums are wanted. data() is, too, then.
-  ImageSums(const Tensor& like, void* result, int64_t batch, int64_t parts, int channels)
-      : result_(static_cast<float*>(result)), batch_(batch), parts_(parts), channels_(channels) {
+  ImageSums(const Tensor& like, Output* result, int64_t batch, int64_t parts, int channels)
+      : result_(result), batch_(batch), parts_(parts), channels_(channels) {
     if (result != nullptr && parts > 1) partial_ = workspace(like, batch * parts * channels);
   }
 
-  float* data() const { return partial_ ? floats(*partial_) : result_; }
+  Output* data() const { return partial_ ? floats(*partial_) : result_; }
 
   void add_up(const Device& device) const {
     if (!partial_) return;
@@ -175,7 +176,7 @@ class __attribute__((visibility("hidden"))) ImageSums {
   }
 
  private:
-  float* result_;
+  Output* result_;
   int64_t batch_, parts_;
   int channels_;
   OptionalTensor partial_;

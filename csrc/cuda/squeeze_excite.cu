@@ -20,7 +20,7 @@ void channel_sums_out(Tensor input, OptionalTensor other, Tensor output) {
     for_vector<T>(a.channels, {a.input, a.other}, [&](auto vector) {
       constexpr int V = vector();
       const RowTiling tiling = row_tiling<V>(device, a.batch, a.pixels, a.channels);
-      const ImageSums sums(input, a.sums, a.batch, tiling.chunks, a.channels);
+      const ImageSums sums(input, static_cast<float*>(a.sums), a.batch, tiling.chunks, a.channels);
       const int threads = thread_count(tiling);
       device.launch(channel_sums_kernel<T, V>, block_count(tiling), threads,
                     sum_shared_bytes(tiling, V, threads), static_cast<const T*>(a.input),
