@@ -13,7 +13,8 @@ enum class Isa : int { baseline, avx2, avx512 };
 // (baseline, avx2 or avx512) asks for. Throws std::runtime_error where that is not to be had.
 Isa cpu_isa();
 
-// Whether 16-bit floats are rounded to bfloat16 by an instruction (only asked with Isa::avx512).
+// Whether there are instructions that multiply bfloat16s and round to them (only asked with
+// Isa::avx512).
 bool has_avx512bf16();
 
 // The kernels that an op has for each instruction set, by dtype; null where the compiler's target
