@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from effnet_kernels import convert, report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("families"),  # one process makes the models without memory
+]
 
 STOCK = ("ConvBnAct", "DepthwiseSeparableConv", "InvertedResidual")
 LEFT = (

@@ -70,6 +70,17 @@ void run(const PointwiseInference& a) {
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 
+// The out-variant: csrc/ops.cpp has its schema.
+void inference_out(Tensor input, Tensor weight, Tensor mean, Tensor var, OptionalTensor bn_weight,
+                   OptionalTensor bn_bias, double eps, int64_t activation,
+                   OptionalTensor prologue_scale, OptionalTensor prologue_shift,
+                   int64_t prologue_activation, OptionalTensor gate, OptionalTensor residual,
+                   bool allow_tf32, Tensor output, OptionalTensor pooled) {
+  run(check_pointwise_inference(input, weight, mean, var, bn_weight, bn_bias, eps, activation,
+                                prologue_scale, prologue_shift, prologue_activation, gate, residual,
+                                allow_tf32, output, pooled));
+}
+
 // The functional op (effnet_kernels/ops/pointwise_conv_bn_act.py has its schema).
 std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, Tensor var,
                                      OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
@@ -86,15 +97,19 @@ std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, T
   if (output.numel() == 0) {
     torch::stable::zero_(pooled);
   } else {
-    run(check_pointwise_inference(input, weight, mean, var, bn_weight, bn_bias, eps, activation,
-                                  prologue_scale, prologue_shift, prologue_activation, gate,
-                                  residual, allow_tf32, output, given_if(pool, pooled)));
+    inference_out(input, weight, mean, var, bn_weight, bn_bias, eps, activation, prologue_scale,
+                  prologue_shift, prologue_activation, gate, residual, allow_tf32, output,
+                  given_if(pool, pooled));
   }
   return {output, pooled};
 }
 
 }  // namespace
 }  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("pointwise_conv_bn_act_out", TORCH_BOX(&effnet::inference_out));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
   m.impl("pointwise_conv_bn_act", TORCH_BOX(&effnet::inference));

@@ -125,6 +125,8 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
             exact[name],
             result.dtype,
             GRADIENT if name.startswith("grad") else FORWARD,
+            # A few values, each a sum of terms that cancel: what eager's error is there is chance.
+            16 if name.startswith("grad") and result.numel() < 16 else None,
         )
 
 
