@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
     }
     const Floats<V> factor = group_values(gate, block, tiling.channels, 1.f);
     for_activation<V>(activation, [&](auto known) {
-      Vector<T, V> raw[kUnroll], raw_other[kOther ? kUnroll : 1];
+      Vector<T, V> raw[kUnroll];
+      [[maybe_unused]] Vector<T, V> raw_other[kOther ? kUnroll : 1];
       for_rows<kUnroll>(
           block,
           [&](int i, int64_t offset) {
