@@ -1,5 +1,6 @@
 # make demo: stock and converted EfficientNet-B0 side by side on a real photograph
-# make test: every check that this machine can run
+# make test: every check that this machine can run; ARGS=--exhaustive for large models and every GPU
+#            architecture too
 # Both set up .venv and build the extension first. PYTHON chooses the interpreter (3.10 or later).
 
 PYTHON ?= python3

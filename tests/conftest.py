@@ -25,8 +25,18 @@ from effnet_kernels import backends
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--all-models`` runs large models too, which takes some ten minutes of two cores."""
-    parser.addoption("--all-models", action="store_true", help="compare large models too")
+    """``--exhaustive``: half an hour more on two cores."""
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="compare large models too, and compile for every GPU architecture, not sm_90 alone",
+    )
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether what takes long is asked for."""
+    return bool(request.config.getoption("--exhaustive"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

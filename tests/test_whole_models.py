@@ -1,7 +1,7 @@
 """Whole converted models against stock ones, at reduced resolution, in evaluation and training.
 
 By default the models of up to 4.3 million parameters, all kinds of block among them; with
-``--all-models`` every timm model that converts whole and torchvision's EfficientNets.
+``--exhaustive`` every timm model that converts whole and torchvision's EfficientNets.
 """
 
 from __future__ import annotations
@@ -131,17 +131,17 @@ def _check(name: str, stock: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_timm(part: int, request: pytest.FixtureRequest) -> None:
+def test_timm(part: int, exhaustive: bool) -> None:
     """The error rule for every architecture that converts whole."""
-    names = list(_models(part, request.config.getoption("--all-models")))
+    names = list(_models(part, exhaustive))
     assert names
     for name in names:
         _check(name, timm.create_model(name))
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_torchvision(number: int, request: pytest.FixtureRequest) -> None:
+def test_torchvision(number: int, exhaustive: bool) -> None:
     """The error rule for torchvision's EfficientNets."""
-    if number > 1 and not request.config.getoption("--all-models"):
-        pytest.skip("large: run with --all-models")
+    if number > 1 and not exhaustive:
+        pytest.skip("large: run with --exhaustive")
     _check(f"efficientnet_b{number}", torchvision.models.get_model(f"efficientnet_b{number}"))

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../ops.h"
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
