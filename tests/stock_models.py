@@ -45,7 +45,12 @@ def calibrate(model: nn.Module, shape: tuple[int, ...]) -> None:
 def assert_norm_error_rule(
     name: str, ours: Tensor, eager: Tensor, exact: Tensor, factor: float
 ) -> None:
-    """The error rule in norm: on the few values of a small block the largest error is chance."""
+    """The error rule in norm: on the few values of a small block the largest error is chance.
+
+    A block is a dozen operations deep: a dozen roundings of float32 are always allowed, for where
+    eager happens to be exact.
+    """
     mine, theirs = relative_errors(ours, exact)[1], relative_errors(eager, exact)[1]
-    allowed = max(factor * theirs, torch.finfo(ours.dtype).eps)
+    roundings = 16 if ours.dtype == torch.float32 else 1
+    allowed = max(factor * theirs, torch.finfo(ours.dtype).eps * roundings)
     assert mine <= allowed, f"{name}: error {mine:.3e}, eager's {theirs:.3e}"
