@@ -539,8 +539,9 @@ ELEMENTS = 8
 REGISTERS = 168
 # Bytes of the images from which packing the filter is predicted to pay its launch.
 PACK_FROM = 4 << 20
-# For 7 x 7 taps, which no EfficientNet has, two programs are better than spills.
-REGISTERS_7 = 255
+# Two programs are better than spills with the sums of 7 x 7 taps, which no EfficientNet has, and as
+# good where images are so small that all programs run at a time.
+REGISTERS_OF_FEW = 255
 # Those of REGISTERS for accumulators, weights and rows in flight; the rest are addresses and masks.
 TILE_REGISTERS = 140
 # Programs a multiprocessor of the weight gradient. Each writes k*k partial sums a channel, so they
@@ -813,7 +814,7 @@ def _convolve(
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
         PACKED=packed, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
         BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
-        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if packed else REGISTERS_OF_FEW,
     )  # fmt: skip
     if statistics is not None:
         assert partials is not None
@@ -888,7 +889,7 @@ def _grad_weight(
         PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
         INDEX=index_type(max(H * W, OH * OW) * C), BLOCK_W=plan.tile.width,
         BLOCK_C=plan.tile.channels,
-        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if kernel < 7 else REGISTERS_7,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if kernel < 7 else REGISTERS_OF_FEW,
     )  # fmt: skip
     sum_partials(partials, plan.splits, grad_weight)
 
