@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -173,11 +174,18 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matrix product of random numbers."""
-    size = 8192 if device.type == "cuda" else 2048
-    left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _least_seconds(lambda: left @ right, device, 5)
+    """FLOPs a second of a square matrix product of random numbers: a large one, unless that takes
+    long, as bfloat16 does on a CPU without instructions for it.
+    """
+    largest = 8192 if device.type == "cuda" else 2048
+    size = 512
+    while True:
+        left = torch.randn(size, size, device=device).to(dtype)
+        right = torch.randn(size, size, device=device).to(dtype)
+        seconds = _least_seconds(functools.partial(torch.matmul, left, right), device, 5)
+        if size == largest or seconds > 0.2:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
