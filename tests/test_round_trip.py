@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_export() -> None:
         targets = {str(node.target) for node in exported.graph.nodes}
         assert any("effnet_kernels.mbconv" in target for target in targets)
         assert torch.equal(exported.module()(images()), fused(images()))
+
+
+def test_onnx() -> None:
+    """An ONNX file of a converted model is the stock model's, byte for byte."""
+    pytest.importorskip("onnx")
+    files = []
+    for model in make_models():
+        file = io.BytesIO()
+        torch.onnx.export(model, (images(),), file, dynamo=False)
+        files.append(file.getvalue())
+    assert files[0] == files[1]
 
 
 def test_checkpointing() -> None:
