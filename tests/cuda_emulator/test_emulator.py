@@ -10,7 +10,10 @@ import pytest
 from cuda_emulator import build
 
 REASON = build.missing()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.xdist_group("cuda_emulator"),  # one process builds, the others need not wait for it
+]
 
 
 @pytest.fixture(scope="session")
