@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import FORWARD, GRADIENT, assert_error_rule
-from devices import device_of, skip_in_interpreter
+from devices import device_of, interpreted, skip_in_interpreter
 from torch import Tensor
 
 from effnet_kernels import backends, use_backend
@@ -119,6 +119,17 @@ def run(
     return results | {f"grad {name}": g for name, g in zip(wanted, grads, strict=True)}
 
 
+def assert_close_to(
+    ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], case: str
+) -> None:
+    """The error rule for each of ``ours``, by name."""
+    for name, result in ours.items():
+        factor = GRADIENT if name.startswith("grad") else FORWARD
+        assert_error_rule(
+            f"{name} of {case}", result, eager[name], exact[name], result.dtype, factor
+        )
+
+
 def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     """Results at most 2x, gradients at most 3x eager's own error from float64."""
     tensors = make_tensors(case, dtype, device_of(backend))
@@ -128,10 +139,7 @@ def check(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert ours["output"].is_contiguous(memory_format=torch.channels_last)
     for name, result in ours.items():
         assert result.dtype == eager[name].dtype, name
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        assert_error_rule(
-            f"{name} of {case}", result, eager[name], exact[name], result.dtype, factor
-        )
+    assert_close_to(ours, eager, exact, str(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -317,18 +325,14 @@ def check_functions(case: FunctionCase, dtype: torch.dtype, backend: str) -> Non
     double = {name: None if t is None else t.double() for name, t in tensors.items()}
     exact = function_reference(case, double, ours)
     assert ours.keys() == exact.keys()
-    for name, result in ours.items():
-        factor = GRADIENT if name.startswith("grad") else FORWARD
-        assert_error_rule(
-            f"{name} of {case}", result, eager[name], exact[name], result.dtype, factor
-        )
+    assert_close_to(ours, eager, exact, str(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", FUNCTION_CASES, ids=str)
 def test_functions(case: FunctionCase, dtype: torch.dtype, kernel_backend: str) -> None:
     """Each function by itself keeps the error rule, and works in place where it may."""
-    if dtype != torch.float32 and kernel_backend == "triton" and device_of("triton") == "cpu":
+    if dtype != torch.float32 and interpreted(kernel_backend):
         pytest.skip("the interpreter is slow; the tests of the op have the other dtypes")
     check_functions(case, dtype, kernel_backend)
 
