@@ -1,4 +1,4 @@
-"""The command line: ``effnet-kernels info | convert | bench``."""
+"""The command line: ``effnet-kernels info | convert | bench | tune``."""
 
 from __future__ import annotations
 
@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         "options", nargs=argparse.REMAINDER, help="the suite's: see bench SUITE --help"
     )
     bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser(
+        "tune", help="find the fastest tiles of the Triton kernels on this GPU", add_help=False
+    )
+    tune.add_argument("options", nargs=argparse.REMAINDER)
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -208,6 +214,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         return command.run(parser.parse_args(arguments.options))
     except (ValueError, report.MissingExtraError) as error:
         raise CommandError(str(error).splitlines()[0]) from None
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from effnet_kernels.bench import tune
+
+    parser = argparse.ArgumentParser("effnet-kernels tune", description=tune.__doc__)
+    tune.add_arguments(parser)
+    return tune.run(parser.parse_args(arguments.options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

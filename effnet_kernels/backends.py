@@ -219,6 +219,27 @@ def kernel(backend: str, name: str) -> Callable[..., None]:
     return function  # type: ignore[no-any-return]
 
 
+_FASTER_ON_TRITON = ("pointwise_conv_bn_act_out", "squeeze_excite_gate_out")
+# Launching Triton's kernels takes the host longer, which shows where they are short.
+_LARGE = 1 << 22
+
+
+def fastest_kernel(backend: str, name: str, input: Tensor) -> Callable[..., None]:
+    """``kernel(backend, name)``, or Triton's for ``cuda`` where that measured faster.
+
+    From ``benchmarks/results/nvidia-h200``: matrix products and the gate, in inference on large
+    tensors (``input`` decides). Where ``cuda`` is demanded, it is CUDA C++ all through.
+    """
+    triton = (
+        backend == CUDA.name
+        and _demanded is None
+        and name in _FASTER_ON_TRITON
+        and input.numel() >= _LARGE
+        and TRITON.refusal(input.device, input.dtype) is None
+    )
+    return kernel(TRITON.name if triton else backend, name)
+
+
 @functools.cache
 def _cpp_kernel(name: str) -> Any:
     return getattr(torch.ops.effnet_kernels_cpp, name).default

@@ -57,6 +57,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TF32, which PyTorch allows convolutions unless told otherwise: eager takes it for some
+    shapes, and what it then computes is no yardstick.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For whole models on small images, where more threads only wait for each other."""

@@ -12,6 +12,7 @@
 #include "batch_norm_act.h"
 #include "depthwise_conv_bn_act.cuh"
 #include "depthwise_conv_bn_act.h"
+#include "depthwise_conv_forward.cuh"
 #include "depthwise_conv_mma.cuh"
 #include "depthwise_conv_mma_backward.cuh"
 #include "row_launches.cuh"
@@ -138,50 +139,97 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
   return best;
 }
 
-// The forward kernel: that of the tensor cores for whole vectors of 16-bit elements and stride 1,
-// where it measures faster. `fits` is whether a tiling is one that can be launched; V = 1 always
-// fits.
-template <class T, int V, int K, int S>
-struct Forward {
-  static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels && S == 1;
-  using Tiling = std::conditional_t<kMma, MmaTiling, DepthwiseTiling>;
-
-  static Tiling tiling(const Device& device, const DepthwiseShape& s) {
-    if constexpr (kMma) {
-      using Sizes = MmaSizes<K>;
-      const int bytes = device.shared_bytes(kMmaBlocks<K>);
-      return mma_tiling<Sizes>(
-          device, s, s.out_h, s.out_w, {7, 8, kMmaBlocks<K>},
-          [&](MmaTiling& t) { return fill_layout<Sizes>(t, s, 1, 4, 0, bytes); });
-    } else {
-      return depthwise_tiling<ForwardSizes<T, V, K, S>>(device, s.batch, s.channels, s.out_h,
-                                                        s.out_w);
+// Cuts the output of the forward kernel into blocks. Large batches: a unit goes through several
+// images, which spares filters and partial results. Small ones: images are cut into segments of
+// rows until every multiprocessor has work.
+template <class Sizes>
+StripTiling strip_tiling(const Device& device, const DepthwiseShape& s) {
+  StripTiling t{};
+  t.strips = static_cast<int>(ceil_div(s.out_w, Sizes::kStrip));
+  const int all_lanes = static_cast<int>(ceil_div(s.channels, Sizes::L));
+  const int64_t most_units = s.batch * t.strips;
+  // As few idle lanes of warps as can be, then as few blocks of channels.
+  double best = 0.;
+  const int least_blocks = static_cast<int>(ceil_div(all_lanes, kStripThreads));
+  for (int blocks = least_blocks; blocks < least_blocks + 4 && blocks <= all_lanes; ++blocks) {
+    const int lanes = static_cast<int>(ceil_div(all_lanes, blocks));
+    for (int units = 1; units <= most_units && units * lanes <= kStripThreads; ++units) {
+      const int threads = units * lanes;
+      const double used = static_cast<double>(all_lanes) / (blocks * lanes) * threads /
+                          (ceil_div(threads, 32) * 32);
+      const double score = used - (threads < kStripThreads / 2 ? 0.1 : 0.) - 1e-3 * blocks;
+      if (t.lanes == 0 || score > best) {
+        best = score;
+        t.channel_blocks = blocks;
+        t.lanes = lanes;
+        t.units = units;
+      }
     }
   }
 
-  static bool fits(const Tiling& tiling) {
-    if constexpr (kMma) return tiling.rows > 0;
-    return true;
+  constexpr int kWarps = kStripBlocks<Sizes::K, Sizes::S> * kStripThreads / 32;
+  const int64_t wave =
+      int64_t{device.multiprocessors()} * (kWarps / ceil_div(t.lanes * t.units, 32));
+  const int64_t least_images = ceil_div(most_units, int64_t{1} << 30);
+  // In rows: what a block does once costs as much as kOnce of them.
+  constexpr int kOnce = 6, kLeastRows = 4;
+  double shortest = 0.;
+  for (int wanted = 1; wanted <= ceil_div(s.out_h, kLeastRows); wanted *= 2) {
+    const int rows = static_cast<int>(ceil_div(s.out_h, wanted));
+    const int segments = static_cast<int>(ceil_div(s.out_h, rows));
+    for (int64_t images = least_images; images < 2 * s.batch || images == least_images;
+         images *= 2) {
+      const int64_t unit_blocks = ceil_div(ceil_div(s.batch, images) * t.strips, t.units);
+      const int64_t blocks = unit_blocks * segments * t.channel_blocks;
+      const double time = static_cast<double>(ceil_div(blocks, wave)) *
+                          (images * (rows + Sizes::kUnderWay) + kOnce);
+      if (t.segments == 0 || time < shortest) {
+        shortest = time;
+        t.segment_rows = rows;
+        t.segments = segments;
+        t.images = static_cast<int>(images);
+        t.unit_blocks = static_cast<int>(unit_blocks);
+      }
+      if (blocks <= wave) break;
+    }
+  }
+  return t;
+}
+
+// The forward kernel for T, L, K and S.
+template <class T, int L, int K, int S>
+struct Forward {
+  static StripTiling tiling(const Device& device, const DepthwiseShape& s) {
+    return strip_tiling<StripSizes<T, L, K, S>>(device, s);
   }
 
-  static void launch(const Device& device, const ForwardArguments<T, Tiling>& f) {
-    const int64_t blocks = block_count(f.tiling);
-    if constexpr (kMma) {
-      const size_t bytes = f.tiling.layout.bytes;
-      if (f.training) {
-        device.launch(depthwise_conv_mma_kernel<T, K, true>, blocks, MmaSizes<K>::kThreads, bytes,
-                      f);
-      } else {
-        device.launch(depthwise_conv_mma_kernel<T, K, false>, blocks, MmaSizes<K>::kThreads, bytes,
-                      f);
-      }
+  static void launch(const Device& device, const ForwardArguments<T>& f, bool training) {
+    const StripTiling& t = f.tiling;
+    const int64_t blocks = int64_t{t.unit_blocks} * t.segments * t.channel_blocks;
+    const int threads = t.lanes * t.units;
+    if (training) {
+      device.launch(depthwise_conv_kernel<T, L, K, S, true>, blocks, threads, kStripSharedBytes<K>,
+                    f);
     } else {
-      using Sizes = ForwardSizes<T, V, K, S>;
-      device.launch(depthwise_conv_kernel<T, V, K, S>, blocks, f.tiling.patches * Sizes::kLanes,
-                    Sizes::shared_bytes(f.tiling.patches), f);
+      device.launch(depthwise_conv_kernel<T, L, K, S, false>, blocks, threads, kStripSharedBytes<K>,
+                    f);
     }
   }
 };
+
+// Calls body(Forward<T, L, K, S>{}): L is two channels where their number and the pointers allow.
+template <class T, class Body>
+void for_forward(const DepthwiseShape& s, std::initializer_list<const void*> pointers,
+                 const Body& body) {
+  const auto with_lanes = [&](auto lanes) {
+    for_window(s, [&](auto kernel, auto step) { body(Forward<T, lanes(), kernel(), step()>{}); });
+  };
+  if (allows_vectors(s.channels, 2, pointers, 2 * sizeof(T))) {
+    with_lanes(Constant<2>{});
+  } else {
+    with_lanes(Constant<1>{});
+  }
+}
 
 // The backward kernel: that of the tensor cores where its sums fit the registers, for the kernel
 // sizes and the stride that most of an EfficientNet's blocks have.
@@ -250,27 +298,21 @@ template <class T>
 void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& like) {
   const Device device(like);
   const DepthwiseShape& s = a.shape;
-  for_vector<T>(s.channels, {a.input, a.output}, [&](auto vector) {
-    for_window(s, [&](auto kernel, auto step) {
-      for_kernel<Forward, T, vector(), kernel(), step()>(
-          device, s, [&](auto launch, const auto& tiling) {
-            using Kernel = decltype(launch);
-            ForwardArguments<T, typename Kernel::Tiling> f{};
-            f.shape = s;
-            f.tiling = tiling;
-            f.input = static_cast<const T*>(a.input);
-            f.weight = static_cast<const T*>(a.weight);
-            f.prologue = a.prologue;
-            f.bn = a.bn;
-            f.activation = a.activation;
-            f.output = static_cast<T*>(a.output);
-            const int64_t parts = int64_t{f.tiling.segments} * f.tiling.bands;
-            const ImageSums pooled(like, static_cast<float*>(a.pooled), s.batch, parts, s.channels);
-            f.pooled = pooled.data();
-            Kernel::launch(device, f);
-            pooled.add_up(device);
-          });
-    });
+  for_forward<T>(s, {a.input, a.output}, [&](auto kernel) {
+    ForwardArguments<T> f{};
+    f.shape = s;
+    f.tiling = kernel.tiling(device, s);
+    f.input = static_cast<const T*>(a.input);
+    f.weight = static_cast<const T*>(a.weight);
+    f.prologue = a.prologue;
+    f.bn = a.bn;
+    f.activation = a.activation;
+    f.output = static_cast<T*>(a.output);
+    const int64_t parts = int64_t{f.tiling.segments} * f.tiling.strips;
+    const ImageSums pooled(like, static_cast<float*>(a.pooled), s.batch, parts, s.channels);
+    f.pooled = pooled.data();
+    kernel.launch(device, f, false);
+    pooled.add_up(device);
   });
 }
 
@@ -278,31 +320,24 @@ template <class T>
 void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& like) {
   const Device device(like);
   const DepthwiseShape& s = a.shape;
-  for_vector<T>(s.channels, {a.input, a.conv, a.output}, [&](auto vector) {
-    constexpr int V = vector();
-    for_window(s, [&](auto kernel, auto step) {
-      for_kernel<Forward, T, V, kernel(), step()>(device, s, [&](auto launch, const auto& tiling) {
-        using Kernel = decltype(launch);
-        ForwardArguments<T, typename Kernel::Tiling> f{};
-        f.shape = s;
-        f.tiling = tiling;
-        f.input = static_cast<const T*>(a.input);
-        f.weight = static_cast<const T*>(a.weight);
-        f.prologue = a.prologue;
-        f.training = true;
-        f.output = static_cast<T*>(a.conv);
-        const int64_t slots = slot_count(f.tiling);
-        OptionalTensor partial;
-        if (a.batch_stats) {
-          partial = workspace(like, 3 * slots * s.channels, ScalarType::Double);
-          f.moments = static_cast<double*>(partial->mutable_data_ptr());
-        }
-        Kernel::launch(device, f);
-        if (a.batch_stats) {
-          merge_moments(device, f.moments, slots, s.channels, a.batch_mean, a.batch_var);
-        }
-      });
-    });
+  for_forward<T>(s, {a.input, a.conv}, [&](auto kernel) {
+    ForwardArguments<T> f{};
+    f.shape = s;
+    f.tiling = kernel.tiling(device, s);
+    f.input = static_cast<const T*>(a.input);
+    f.weight = static_cast<const T*>(a.weight);
+    f.prologue = a.prologue;
+    f.output = static_cast<T*>(a.conv);
+    const int64_t slots = int64_t{f.tiling.unit_blocks} * f.tiling.segments;
+    OptionalTensor partial;
+    if (a.batch_stats) {
+      partial = workspace(like, 3 * slots * s.channels, ScalarType::Double);
+      f.moments = static_cast<double*>(partial->mutable_data_ptr());
+    }
+    kernel.launch(device, f, true);
+    if (a.batch_stats) {
+      merge_moments(device, f.moments, slots, s.channels, a.batch_mean, a.batch_var);
+    }
   });
   if (a.output == nullptr) return;
 

@@ -49,11 +49,12 @@ void for_launches(const char* op, Dtype dtype, const Body& body) {
   for_type(op, dtype, [&](auto type) { body(Launches<typename decltype(type)::type>{}); });
 }
 
-// Whether every pointer allows 16-byte accesses at each multiple of a vector of channels.
-inline bool allows_vectors(int channels, int vector, std::initializer_list<const void*> pointers) {
+// Whether every pointer allows accesses of `bytes` at each multiple of a vector of channels.
+inline bool allows_vectors(int channels, int vector, std::initializer_list<const void*> pointers,
+                           size_t bytes = 16) {
   if (channels % vector != 0) return false;
   return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+                     [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
 }
 
 // Calls body(Constant<V>): V is 16 bytes' worth of T, or 1.

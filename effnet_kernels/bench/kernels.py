@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels import backends
 from effnet_kernels.bench import environment, peers, shapes, timing
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
@@ -242,7 +241,7 @@ def caller(
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         if backend is not None:
-            backends.set_backend(backend)
+            peers.demand(backend)
         outputs: tuple[Tensor, ...] = run(inputs.image, inputs.residual)
         if inputs.grad_output is None:
             return outputs

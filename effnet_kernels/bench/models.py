@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effnet_kernels
-from effnet_kernels import backends
 from effnet_kernels.bench import environment, peers, timing
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
@@ -103,7 +102,7 @@ def _caller(
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         if backend is not None:
-            backends.set_backend(backend)
+            peers.demand(backend)
         if not problem.training:
             return (model(inputs.images),)
         with torch.autocast(inputs.images.device.type, problem.dtype, enabled=autocast):

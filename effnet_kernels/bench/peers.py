@@ -23,14 +23,26 @@ Results = Mapping[str, Tensor]
 """A call's tensors by name; gradients' names start with ``grad``."""
 
 
+AUTO = "auto"
+"""The contender that demands no backend: what a user gets, each call where it measured fastest."""
+
+
 def our_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The kernel backends that run on ``device`` in ``dtype`` (Triton's interpreter does not)."""
+    """The kernel backends that run on ``device`` in ``dtype`` (Triton's interpreter does not), and
+    ``AUTO`` where there are several.
+    """
     probe = torch.empty(0, device=device, dtype=dtype)
-    return [
+    names = [
         name
         for name, reason in backends.refusals(probe).items()
         if reason is None and (name != backends.TRITON.name or device.type == "cuda")
     ]
+    return [*names, AUTO] if len(names) > 1 else names
+
+
+def demand(contender: str) -> None:
+    """Makes one of ``our_backends`` run every call from now on."""
+    backends.set_backend(None if contender == AUTO else contender)
 
 
 def compiled(function: Callable[..., Any], mode: str, *, freezing: bool) -> Callable[..., Any]:

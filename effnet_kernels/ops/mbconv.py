@@ -472,7 +472,7 @@ def _inference(
         expanded = input
         if expand_weight is not None:
             expanded = library.empty_image(input, channels, height, width)
-            backends.kernel(backend, "pointwise_conv_bn_act_out")(
+            backends.fastest_kernel(backend, "pointwise_conv_bn_act_out", expanded)(
                 input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None
             )
         backends.kernel(backend, "depthwise_conv_bn_act_out")(
@@ -480,11 +480,11 @@ def _inference(
         )
     if reduce_weight is not None and excite_weight is not None:
         hidden = torch.empty((n, reduce_weight.shape[0]), dtype=values.dtype, device=input.device)
-        backends.kernel(backend, "squeeze_excite_gate_out")(
+        backends.fastest_kernel(backend, "squeeze_excite_gate_out", depthwise)(
             pooled, out_h * out_w, reduce_weight.flatten(1), reduce_bias, excite_weight.flatten(1),
             excite_bias, se_activation, gate_activation, hidden, gate,
         )  # fmt: skip
-    backends.kernel(backend, "pointwise_conv_bn_act_out")(
+    backends.fastest_kernel(backend, "pointwise_conv_bn_act_out", depthwise)(
         depthwise, project_weight, project_mean, project_var, project_bn_weight, project_bn_bias,
         project_eps, project_activation, None, None, 0, gate, input if residual else None,
         allow_tf32, output, None,

@@ -4,10 +4,13 @@ Fused, the expanded tensor is never written, but every tile of the depthwise out
 expanded pixels that its neighbours compute too. The model compares the two by what each launch
 moves and computes:
 
-    time(launch) = launch overhead + max(bytes / bandwidth, FLOPs / rate)
+    time(launch) = launch overhead + max(bytes / bandwidth, FLOPs / rate / efficiency)
 
 with an H200's figures: they are ratios that hold for the other GPUs with tensor cores within what
-the decision can tell apart. It is a prediction, not a measurement; ``fuse_expand`` overrules it.
+the decision can tell apart. There the fused kernels measured at a quarter of the units' rates,
+since the phases of a tile wait for each other, and the launches of one operation at half: with
+these efficiencies the model says, as the measurements do, that two launches are faster for large
+batches. ``fuse_expand`` overrules it.
 
 One launch for the whole block is not among the choices. Where an image's expanded tensor fits a
 multiprocessor (7 x 7 x 1152 in 16 bits: 113 kB), each of them would read all the weights for each
@@ -33,6 +36,8 @@ VECTOR_RATE = 40e12
 """FLOPs a second of multiply-adds outside the tensor cores."""
 ACTIVATION_RATE = 3e12
 """Activations a second: one special function each."""
+FUSED_EFFICIENCY, SEPARATE_EFFICIENCY = 0.25, 0.5
+"""Shares of these rates that the kernels reach."""
 LAUNCH = 3e-6
 """Seconds that one launch more costs."""
 
@@ -89,15 +94,19 @@ def expand_seconds(
     d = n * channels * out_size[0] * out_size[1]
     taps = 2 * kernel * kernel * d
 
-    def launch(elements: float, product: float, vector: float, activations: float) -> float:
+    def launch(
+        elements: float, product: float, vector: float, activations: float, efficiency: float
+    ) -> float:
         compute = (
             product / MATMUL_RATE[itemsize] + vector / VECTOR_RATE + activations / ACTIVATION_RATE
         )
-        return LAUNCH + max(elements * itemsize / BANDWIDTH, compute)
+        return LAUNCH + max(elements * itemsize / BANDWIDTH, compute / efficiency)
 
     expanded = e * halo(out_size, kernel, stride)
-    fused = launch(x + d, 2 * in_channels * expanded, taps, expanded + d)
-    separate = launch(x + e, 2 * in_channels * e, 0, e) + launch(e + d, 0, taps, d)
+    fused = launch(x + d, 2 * in_channels * expanded, taps, expanded + d, FUSED_EFFICIENCY)
+    separate = launch(x + e, 2 * in_channels * e, 0, e, SEPARATE_EFFICIENCY) + launch(
+        e + d, 0, taps, d, SEPARATE_EFFICIENCY
+    )
     return fused, separate
 
 

@@ -88,31 +88,32 @@ def load_statistics_grad(
 ):  # fmt: skip
     """(constant, slope), (1, BLOCK_C) float32 each: how the batch statistics answer to x.
 
-    constant = scale * grad_bias / count, slope = scale * invstd * grad_weight / count. None, which
-    ``batch_norm_act_grad`` takes for zeros, where p_grad_weight is: with frozen statistics.
+    constant = scale * grad_bias / count, slope = scale * invstd * grad_weight / count; zeros where
+    p_grad_weight is None, with frozen statistics.
     """
-    if p_grad_weight is None:
-        return None, None
-    else:
+    constant = load_channels(p_grad_bias, o_c, m_c, 0.0)
+    slope = load_channels(p_grad_weight, o_c, m_c, 0.0)
+    if p_grad_weight is not None:
         invstd = load_invstd(p_var, eps, o_c, m_c)
         each = load_channels(p_weight, o_c, m_c, 1.0) * invstd * inverse_count
-        constant = each * load_channels(p_grad_bias, o_c, m_c, 0.0)
-        slope = each * invstd * load_channels(p_grad_weight, o_c, m_c, 0.0)
-        return constant[None, :], slope[None, :]
+        constant *= each
+        slope *= each * invstd
+    return constant[None, :], slope[None, :]
 
 
 @triton.jit
 def batch_norm_act_grad(
-    grad, x, mean, scale, bias, constant, slope, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr
-):
+    grad, x, mean, scale, bias, constant, slope, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr,
+    FROZEN: tl.constexpr,
+):  # fmt: skip
     """The gradient of act(bn(x)) with respect to x, for the gradient ``grad`` of its result.
 
     scale * (du - (grad_bias + xhat * grad_weight) / count), du = grad * act'(bn(x)); LINEAR: grad
-    is scale * du already.
+    is scale * du already; FROZEN: scale * du alone.
     """
     centered = x - mean
     dx = grad if LINEAR else activate_grad(grad, centered * scale + bias, ACTIVATION) * scale
-    if constant is not None:
+    if not FROZEN:
         dx -= constant + centered * slope
     return dx
 
@@ -420,8 +421,9 @@ def batch_norm_act_grad_input_kernel(
             grad = tl.load(p_grad_output + p_tile, mask=m_tile, other=0.0).to(tl.float32)
             x = tl.load(p_input + p_tile, mask=m_tile, other=0.0).to(tl.float32)
             dx = batch_norm_act_grad(
-                grad * gate + grad_pooled, x, mean, scale, bias, constant, slope, ACTIVATION, LINEAR
-            )
+                grad * gate + grad_pooled, x, mean, scale, bias, constant, slope, ACTIVATION,
+                LINEAR, FROZEN=p_grad_weight is None,
+            )  # fmt: skip
             tl.store(p_grad_input + p_tile, dx.to(p_grad_input.dtype.element_ty), mask=m_tile)
 
 
@@ -612,7 +614,7 @@ def batch_norm_act(
         batch_norm_act_kernel[plan.grid](
             input, other, mean, var, bn_weight, bn_bias, eps, gate, residual,
             output, gated_other, partials, *plan.extents,
-            ACTIVATION=activation_name(activation), **plan.options,
+            ACTIVATION=activation_name(activation, input.dtype), **plan.options,
         )  # fmt: skip
         if sums is not None and partials is not None and plan.splits > 1:
             sum_partials(partials, plan.splits, sums)
@@ -657,7 +659,7 @@ def batch_norm_act_sums_out(
         )
         batch_norm_act_grad_sums_kernel[plan.grid](
             grad_output, input, mean, var, bn_weight, bn_bias, eps, gate, grad_pooled, partials,
-            *plan.extents, ACTIVATION=activation_name(activation), **plan.options,
+            *plan.extents, ACTIVATION=activation_name(activation, input.dtype), **plan.options,
         )  # fmt: skip
         sum_partials(partials, plan.rows, grad_bn_weight, grad_bn_bias)
 
@@ -675,7 +677,7 @@ def batch_norm_act_backward_out(
         batch_norm_act_grad_input_kernel[plan.grid](
             grad_output, input, mean, var, bn_weight, bn_bias, eps, gate, grad_pooled,
             grad_bn_weight, grad_bn_bias, 1.0 / (N * H * W), grad_input, *plan.extents,
-            ACTIVATION=activation_name(activation), LINEAR=linear, **plan.options,
+            ACTIVATION=activation_name(activation, input.dtype), LINEAR=linear, **plan.options,
         )  # fmt: skip
 
 

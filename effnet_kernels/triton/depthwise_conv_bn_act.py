@@ -387,8 +387,9 @@ def depthwise_conv_grad_weight_kernel(
             grad = tl.load(p_grad_output + o_row, mask=m_row, other=0.0).to(tl.float32)
             conv = tl.load(p_conv + o_row, mask=m_row, other=0.0).to(tl.float32)
             grad_conv = batch_norm_act_grad(
-                grad + grad_pooled, conv, mean, scale, bias, constant, slope, ACTIVATION, False
-            )
+                grad + grad_pooled, conv, mean, scale, bias, constant, slope, ACTIVATION,
+                LINEAR=False, FROZEN=p_grad_bn_weight is None,
+            )  # fmt: skip
             grad_conv = tl.where(m_row, grad_conv, 0.0)
             if p_grad_conv is not None:
                 tl.store(
@@ -810,8 +811,8 @@ def _convolve(
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.image_tiles, plan.group_tiles, plan.program_tiles, plan.splits,
         plan.channel_blocks,
-        KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation),
-        PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
+        KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation, input.dtype),
+        PROLOGUE_ACTIVATION=activation_name(prologue_activation, input.dtype), VECTOR=plan.vector,
         PACKED=packed, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
         BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
         num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if packed else REGISTERS_OF_FEW,
@@ -885,8 +886,8 @@ def _grad_weight(
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.tile.rows, plan.image_tiles, plan.group_tiles, plan.program_tiles,
         plan.channel_blocks,
-        KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation),
-        PROLOGUE_ACTIVATION=activation_name(prologue_activation), VECTOR=plan.vector,
+        KERNEL=kernel, STRIDE=stride, ACTIVATION=activation_name(activation, input.dtype),
+        PROLOGUE_ACTIVATION=activation_name(prologue_activation, input.dtype), VECTOR=plan.vector,
         INDEX=index_type(max(H * W, OH * OW) * C), BLOCK_W=plan.tile.width,
         BLOCK_C=plan.tile.channels,
         num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS if kernel < 7 else REGISTERS_OF_FEW,
@@ -914,7 +915,8 @@ def _grad_input(
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.image_tiles, plan.group_tiles, plan.program_tiles,
         plan.channel_blocks,
-        KERNEL=kernel, STRIDE=stride, PROLOGUE_ACTIVATION=activation_name(prologue_activation),
+        KERNEL=kernel, STRIDE=stride,
+        PROLOGUE_ACTIVATION=activation_name(prologue_activation, input.dtype),
         VECTOR=plan.vector, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
         BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
         num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,

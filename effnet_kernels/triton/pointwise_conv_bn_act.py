@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effnet_kernels.triton import tiles
 from effnet_kernels.triton.activations import activate, activation_name
 from effnet_kernels.triton.batch_norm_act import load_batch_norm, load_channels, sum_partials
 from effnet_kernels.triton.launch import (
@@ -265,6 +266,7 @@ class PointwisePlan(NamedTuple):
     block_c: int
     block_k: int
     warps: int
+    stages: int
 
     @property
     def grid(self) -> tuple[int]:
@@ -295,26 +297,40 @@ def precision(allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
+def usual_tile(problem: tiles.Problem, multiprocessors: int) -> tiles.Tile:
+    """The tile of a problem that nothing is known of."""
+    block_k = feature_block(problem.channels, problem.features)
+    programs = -(-problem.pixels // BLOCK_P) * -(-problem.features // block_k)
+    block_p = BLOCK_P // 2 if programs < 2 * multiprocessors else BLOCK_P
+    return tiles.Tile(
+        block_p,
+        channel_slice(problem.channels, problem.itemsize, problem.transformed),
+        block_k,
+        8 if block_p * block_k > 64 * 64 else 4,
+        NUM_STAGES,
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def pointwise_plan(
     batch: int, pixels: int, channels: int, features: int, itemsize: int,
-    by_image: bool, transformed: bool, pool: bool, multiprocessors: int,
+    by_image: bool, transformed: bool, pool: bool, multiprocessors: int, tile: tiles.Tile | None,
 ) -> PointwisePlan:  # fmt: skip
-    """Tiles of the pixels of an image where ``by_image``, of the whole batch elsewhere."""
+    """Tiles of the pixels of an image where ``by_image``, of the whole batch elsewhere; ``tile``:
+    a measured one, or None.
+    """
     groups, group_pixels = (batch, pixels) if by_image else (1, batch * pixels)
-    block_k = feature_block(channels, features)
+    problem = tiles.Problem(batch * pixels, channels, features, itemsize, transformed)
+    block_p, block_c, block_k, warps, stages = tile or usual_tile(problem, multiprocessors)
     feature_blocks = -(-features // block_k)
-    few = -(-batch * pixels // BLOCK_P) * feature_blocks < 2 * multiprocessors
-    block_p = BLOCK_P // 2 if few else BLOCK_P
     rows = min(max(triton.next_power_of_2(group_pixels), IMAGE_PIXELS), block_p)
     images = block_p // rows if by_image else 1
-    block_c = channel_slice(channels, itemsize, transformed)
-    tiles = -(-group_pixels // block_p)
+    pixel_tiles = -(-group_pixels // block_p)
     if channels > block_c:
-        parts, each = tiles, 1
+        parts, each = pixel_tiles, 1
     else:
         parts, each = splits(
-            tiles, -(-groups // images) * feature_blocks,
+            pixel_tiles, -(-groups // images) * feature_blocks,
             multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, pool,
         )  # fmt: skip
     channel_vector, feature_vector = (vector_width(n, itemsize) for n in (channels, features))
@@ -323,8 +339,7 @@ def pointwise_plan(
         channels // channel_vector, features // feature_vector, feature_blocks,
         channel_vector, feature_vector,
         index_type(max(block_p * channels, block_p * features, channels * features)),
-        images, channels > block_c, block_p, block_c, block_k,
-        8 if block_p * block_k > 64 * 64 else 4,
+        images, channels > block_c, block_p, block_c, block_k, warps, stages,
     )  # fmt: skip
 
 
@@ -340,9 +355,12 @@ def pointwise_conv_bn_act_out(
     """
     N, C, H, W = input.shape
     K = weight.shape[0]
+    transformed = gate is not None or prologue_scale is not None
+    problem = tiles.Problem(N * H * W, C, K, input.element_size(), transformed)
     plan = pointwise_plan(
         N, H * W, C, K, input.element_size(), gate is not None or pooled is not None,
-        gate is not None or prologue_scale is not None, pooled is not None, multiprocessors(input),
+        transformed, pooled is not None, multiprocessors(input),
+        tiles.measured(tiles.architecture(input), problem),
     )  # fmt: skip
     with device_guard(input):
         sums = pooled
@@ -353,12 +371,12 @@ def pointwise_conv_bn_act_out(
             gate, residual, output, sums,
             plan.groups, plan.group_pixels, plan.program_pixels, plan.splits,
             plan.channel_vectors, plan.feature_vectors, plan.feature_blocks,
-            ACTIVATION=activation_name(activation),
-            PROLOGUE_ACTIVATION=activation_name(prologue_activation),
+            ACTIVATION=activation_name(activation, input.dtype),
+            PROLOGUE_ACTIVATION=activation_name(prologue_activation, input.dtype),
             PRECISION=precision(allow_tf32), CHANNEL_VECTOR=plan.channel_vector,
             FEATURE_VECTOR=plan.feature_vector, INDEX=plan.index, IMAGES=plan.images,
             SLICED=plan.sliced, BLOCK_P=plan.block_p, BLOCK_C=plan.block_c, BLOCK_K=plan.block_k,
-            num_warps=plan.warps, num_stages=NUM_STAGES,
+            num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
         if pooled is not None and sums is not None and sums is not pooled:
             sum_partials(sums, plan.splits, pooled)

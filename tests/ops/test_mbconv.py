@@ -277,11 +277,12 @@ def test_compiles_to_one_op() -> None:
 
 
 def test_cost_model() -> None:
-    """Early, wide stages are fused; what a tile's halo costs is in the estimate."""
+    """Fused where launches are the time; what a tile's halo costs is in the estimate."""
     assert halo((14, 14), 5, 1) == 1.0
     assert halo((56, 56), 3, 1) == pytest.approx((18 / 16) ** 2)
-    fused, separate = expand_seconds((256, 16, 112, 112), 96, 3, 2, (56, 56), 2)
-    assert fused < separate
+    for batch, fuses in ((1, True), (256, False)):
+        fused, separate = expand_seconds((batch, 16, 112, 112), 96, 3, 2, (56, 56), 2)
+        assert (fused < separate) == fuses
     # Products on a machine without fast ones would not be worth computing twice.
     few, many = (expand_seconds((1, c, 7, 7), 64, 3, 1, (7, 7), 2)[0] for c in (8, 4096))
     assert few < many

@@ -56,8 +56,8 @@ def check(
     """Results at most 2x, gradients at most 3x eager's own error from float64.
 
     A block is a dozen operations deep and the results are few: where eager happens to be exact, a
-    dozen roundings of float32 are allowed, or two of a 16-bit result; one of what a float32 result
-    was computed from in 16 bits.
+    dozen roundings of float32 are allowed, or two of 16 bits. Four times as many where batch
+    statistics are those of two values: the gradient through them is the small difference of two.
     """
     if dtype != torch.float32 and case.project_activation == "relu6":
         # One result on the other side of a kink, by a rounding, changes a sum of few gradients.
@@ -69,6 +69,9 @@ def check(
     ours = run(arguments, backend, training=training, sample_scale=scale)
     eager = run(arguments, "eager", training=training, sample_scale=scale)
     exact = run(in_double(arguments), "eager", training=training, sample_scale=scale)
+    roundings = 16 if dtype == torch.float32 else 2
+    if training and arguments["input"][:, 0].numel() == 2:
+        roundings *= 4
     assert ours.keys() == exact.keys()
     assert ours["output"].dtype == dtype
     assert ours["output"].is_contiguous(memory_format=torch.channels_last)
@@ -82,7 +85,7 @@ def check(
             exact[name],
             dtype,
             factor,
-            roundings=16 if dtype == torch.float32 else 2 if result.dtype == dtype else 1,
+            roundings=roundings,
         )
 
 

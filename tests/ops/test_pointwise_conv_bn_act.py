@@ -142,6 +142,21 @@ def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None
     check(case, dtype, kernel_backend)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_tf32_where_it_is_allowed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 operands are rounded to TF32's 11 bits by PyTorch's own switch alone."""
+    arguments = make_arguments(CASES[3], torch.float32, "cuda")
+    exact = run(in_double(arguments), "eager")["output"]
+    errors = []
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        difference = run(arguments, backend)["output"].double() - exact
+        errors.append((difference.norm() / exact.norm()).item())
+    assert 5e-5 < errors[0] < 1e-3, errors
+    assert errors[1] < 1e-6, errors
+
+
 def test_float64() -> None:
     """float64 tensors are computed in float64."""
     arguments = in_double(make_arguments(CASES[5], torch.float32, "cpu"))

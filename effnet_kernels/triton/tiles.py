@@ -1,0 +1,113 @@
+"""Tiles that ``effnet-kernels tune`` measured to be the fastest, by GPU architecture.
+
+``tiles/<architecture>.json`` beside this file is the committed table. A launcher asks for its
+problem, and takes a formula's tile where nothing like it was measured: no call ever searches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).with_name("tiles")
+
+
+class Tile(NamedTuple):
+    """How one program of a matrix product is cut.
+
+    Attributes:
+        pixels: rows of the tile.
+        channels: of a slice of the sum.
+        features: columns of the tile.
+        warps: of the program.
+        stages: slices, or tiles of pixels, that are on their way or in shared memory.
+    """
+
+    pixels: int
+    channels: int
+    features: int
+    warps: int
+    stages: int
+
+
+class Problem(NamedTuple):
+    """A pointwise convolution, as far as its tile depends on it.
+
+    Attributes:
+        pixels: of the whole batch.
+        channels: of the input.
+        features: of the output.
+        itemsize: bytes of an element.
+        transformed: it has a prologue or a gate.
+    """
+
+    pixels: int
+    channels: int
+    features: int
+    itemsize: int
+    transformed: bool
+
+
+_forced: Tile | None = None
+
+
+@contextlib.contextmanager
+def force(tile: Tile) -> Iterator[None]:
+    """Every launch in the ``with`` block takes ``tile`` (process-wide): for the tuner."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def architecture(tensor: Tensor) -> str | None:
+    """``sm_90``, say: of the device of ``tensor``, or None where that is no GPU."""
+    return _architecture(tensor.device.index) if tensor.is_cuda else None
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def measured(architecture: str | None, problem: Problem) -> Tile | None:
+    """The tile of the measured problem that is most like ``problem``, or None.
+
+    Like it is one that differs in nothing but the pixels, and there by a factor of four at most.
+    """
+    if _forced is not None:
+        return _forced
+    if architecture is None:
+        return None
+    found = _table(architecture).get(problem[1:])
+    if not found or not problem.pixels:
+        return None
+
+    def distance(pixels: int) -> float:
+        return abs(math.log2(pixels / problem.pixels))
+
+    nearest = min(found, key=distance)
+    return found[nearest] if distance(nearest) <= 2 else None
+
+
+@functools.cache
+def _table(architecture: str) -> dict[tuple[Any, ...], dict[int, Tile]]:
+    """Tiles by pixels, by the rest of the problem."""
+    path = FOLDER / f"{architecture}.json"
+    table: dict[tuple[Any, ...], dict[int, Tile]] = {}
+    if path.exists():
+        for entry in json.loads(path.read_text())["pointwise_conv_bn_act"]:
+            problem = Problem(**entry["problem"])
+            table.setdefault(problem[1:], {})[problem.pixels] = Tile(**entry["tile"])
+    return table
