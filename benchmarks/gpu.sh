@@ -2,19 +2,22 @@
 # Builds, tests, checks and measures the kernels on a machine with an NVIDIA GPU, without a network.
 #
 #   benchmarks/gpu.sh                   everything, in less than 10 minutes
-#   benchmarks/gpu.sh build kernels     some parts of: build tests sanitize kernels models ncu
+#   benchmarks/gpu.sh build kernels=60  some parts, kernels in at most 60 seconds, of:
+#                                       build tests sanitize tune kernels models ncu
 #
 # A part that fails is reported and does not stop the others; the exit status is 1 if any did.
 # Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
 # compute-sanitizer, for ncu ncu. Logs, JSON and plots go to $OUT, or benchmarks/results/<device>.
-# KERNELS are the ops to measure, all unless given (KERNELS="mbconv squeeze_excite"); KERNELS_ARGS
-# and MODELS_ARGS replace the options of the benchmarks.
+# tune replaces the package's table of tiles for the GPU, and what comes after it runs with the new
+# one. KERNELS are the ops to measure, all unless given (KERNELS="mbconv squeeze_excite");
+# KERNELS_ARGS and MODELS_ARGS replace the options of the benchmarks, TESTS what tests are chosen by.
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 
-readonly PARTS=(build tests sanitize kernels models ncu)
+readonly PARTS=(build tests sanitize tune kernels models ncu)
 # Seconds; together with the start less than 10 minutes.
-declare -rA LIMITS=([build]=140 [tests]=100 [sanitize]=45 [kernels]=185 [models]=75 [ncu]=40)
+declare -A LIMITS=([build]=110 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=130 [models]=85
+  [ncu]=40)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -45,9 +48,12 @@ part_build() {
 
 part_tests() {
   local parallel=()
-  if python3 -c "import xdist" 2>/dev/null; then parallel=(-n 6 --dist worksteal); fi
-  limited python3 -m pytest tests/ops tests/layers -m "" -q -p no:cacheprovider --tb=short \
-    -k "not on_cpu" --durations=5 "${parallel[@]}"
+  if python3 -c "import xdist" 2>/dev/null; then
+    parallel=(-n "$(($(nproc) > 4 ? $(nproc) - 2 : 2))" --dist worksteal)
+  fi
+  PYTHONPATH="$PWD/tests:$PWD/benchmarks:$PYTHONPATH" limited python3 -m pytest tests/ops \
+    tests/layers tests/test_convert.py tests/test_round_trip.py -m "" -q -p no:cacheprovider \
+    --tb=short -k "${TESTS:-(cuda or triton) and not on_cpu}" --durations=5 "${parallel[@]}"
 }
 
 part_sanitize() {
@@ -62,6 +68,11 @@ part_sanitize() {
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
   return "$status"
+}
+
+part_tune() {
+  limited python3 -m effnet_kernels tune --jobs "$(nproc)" || return
+  cp effnet_kernels/triton/tiles/*.json "$OUT"
 }
 
 # Measures an op in a share, in hundredths, of what time the part has left; options follow.
@@ -85,11 +96,11 @@ part_kernels() {
   fi
   args=(--models efficientnet_b0 --dtypes bfloat16 --batch 256 --caches warm --seconds 0.1 --quiet)
   # Beside whole blocks in inference also torch.compile, which takes seconds for each.
-  measure 35 mbconv "${args[@]}" --modes inference --only compile cuda triton || status=$?
+  measure 35 mbconv "${args[@]}" --modes inference --only compile cuda triton auto || status=$?
   measure 35 mbconv "${args[@]}" --modes training --only cuda triton \
     --name kernels-mbconv-training || status=$?
   measure 40 depthwise_conv_bn_act "${args[@]}" --modes inference training \
-    --only cuda triton || status=$?
+    --only compile cuda triton || status=$?
   measure 35 pointwise_conv_bn_act "${args[@]}" --only cuda triton || status=$?
   measure 50 squeeze_excite "${args[@]}" --only cuda triton || status=$?
   measure 100 batch_norm_act "${args[@]}" --only cuda triton || status=$?
@@ -98,7 +109,7 @@ part_kernels() {
 
 part_models() {
   local args=(--models efficientnet_b0@224 --dtypes bfloat16 --batch 128 --seconds 1
-    --only compile cuda triton)
+    --only compile cuda triton auto)
   if [[ -n ${MODELS_ARGS:-} ]]; then read -ra args <<<"$MODELS_ARGS"; fi
   limited python3 benchmarks/models/efficientnet.py --out "$OUT" "${args[@]}"
 }
@@ -133,13 +144,15 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   usage
   exit 0
 fi
-selected=("$@")
-if [[ $# -eq 0 ]]; then selected=("${PARTS[@]}"); fi
-for part in "${selected[@]}"; do
-  if [[ -z ${LIMITS[$part]:-} ]]; then
-    echo "gpu.sh: there is no part '$part', only: ${PARTS[*]}" >&2
+selected=()
+for argument in "${@:-${PARTS[@]}}"; do
+  part=${argument%%=*}
+  if [[ -z ${LIMITS[$part]:-} || ($argument == *=* && ! ${argument#*=} =~ ^[1-9][0-9]*$) ]]; then
+    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]}, or one of them and =SECONDS" >&2
     exit 2
   fi
+  if [[ $argument == *=* ]]; then LIMITS[$part]=${argument#*=}; fi
+  selected+=("$part")
 done
 
 ARCH=$(python3 -c '

@@ -15,7 +15,7 @@ from pathlib import Path
 from effnet_kernels.bench.results import Group, Results, groups, read
 
 ROOT = Path(__file__).parent.parent
-OURS = ("cuda", "triton", "cpu")
+OURS = ("auto", "cuda", "triton", "cpu")
 _MARKS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 _WHAT = {
     "kernels-mbconv": "{model}'s MBConv blocks",

@@ -46,7 +46,7 @@ def test_gpu_script_knows_its_parts(tmp_path: Path) -> None:
     assert "no part 'bake', only: build tests" in result.stderr
     result = run(BENCHMARKS / "gpu.sh", "--help")
     assert result.returncode == 0
-    assert "build tests sanitize kernels models ncu" in result.stdout
+    assert "build tests sanitize tune kernels models ncu" in result.stdout
 
 
 def test_exercise_needs_a_gpu() -> None:

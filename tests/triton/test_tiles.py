@@ -1,0 +1,89 @@
+"""The table of measured tiles: what a launcher finds in it, and what the tuner would try."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from effnet_kernels.__main__ import main
+from effnet_kernels.bench import tune
+from effnet_kernels.triton import tiles
+from effnet_kernels.triton.pointwise_conv_bn_act import pointwise_plan, usual_tile
+
+PROBLEM = tiles.Problem(50176, 480, 112, 2, transformed=True)
+TILE = tiles.Tile(128, 64, 128, 8, 3)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A table of one architecture, with one problem."""
+    entry = {"problem": PROBLEM._asdict(), "tile": TILE._asdict(), "microseconds": 1.0}
+    (tmp_path / "sm_99.json").write_text(json.dumps({"pointwise_conv_bn_act": [entry]}))
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    tiles._table.cache_clear()
+    yield
+    tiles._table.cache_clear()
+
+
+@pytest.mark.usefixtures("table")
+def test_measured() -> None:
+    """A problem that differs in the number of pixels alone, and not by much, has its tile."""
+    assert tiles.measured("sm_99", PROBLEM) == TILE
+    assert tiles.measured("sm_99", PROBLEM._replace(pixels=50176 * 4)) == TILE
+    assert tiles.measured("sm_99", PROBLEM._replace(pixels=50176 * 5)) is None
+    assert tiles.measured("sm_99", PROBLEM._replace(pixels=0)) is None
+    assert tiles.measured("sm_99", PROBLEM._replace(transformed=False)) is None
+    assert tiles.measured("sm_98", PROBLEM) is None
+    assert tiles.measured(None, PROBLEM) is None
+    with tiles.force(TILE._replace(warps=4)):
+        assert tiles.measured(None, PROBLEM) == TILE._replace(warps=4)
+    assert tiles.measured(None, PROBLEM) is None
+
+
+def test_no_gpu_has_no_architecture() -> None:
+    """In the interpreter the formula decides."""
+    assert tiles.architecture(torch.empty(1)) is None
+
+
+@pytest.mark.parametrize("shape", [(256, 49, 1152, 320), (1, 196, 80, 480), (8, 12544, 32, 16)])
+def test_plan_takes_the_tile(shape: tuple[int, int, int, int]) -> None:
+    """Tiles decide how a product is cut, a formula where none is given."""
+    batch, pixels, channels, features = shape
+    options = (2, True, True, False, 132)
+    plan = pointwise_plan(*shape, *options, TILE)
+    assert (plan.block_p, plan.block_c, plan.block_k, plan.warps, plan.stages) == TILE
+    assert plan.sliced == (channels > TILE.channels)
+    problem = tiles.Problem(batch * pixels, channels, features, 2, transformed=True)
+    assert pointwise_plan(*shape, *options, None) == pointwise_plan(
+        *shape, *options, usual_tile(problem, 132)
+    )
+
+
+def test_candidates() -> None:
+    """All of them fit; the formula's own is among them, up to its stages."""
+    for problem in tune.problems(["efficientnet_b0"], [256], torch.bfloat16):
+        found = list(tune.candidates(problem))
+        assert len(found) == len(set(found)) >= 4
+        for tile in found:
+            assert tile.pixels * tile.features <= 128 * 32 * tile.warps
+            assert tile.channels < 2 * max(problem.channels, 16)
+        usual = usual_tile(problem, 132)
+        assert any(usual[:3] == tile[:3] for tile in found), problem
+
+
+def test_committed_tables() -> None:
+    """What is in the package can be read."""
+    for path in tiles.FOLDER.glob("*.json"):
+        assert tiles._table(path.stem)
+
+
+def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, where there is none."""
+    if torch.cuda.is_available():
+        pytest.skip("would run")
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().out.startswith("tune needs an NVIDIA GPU and Triton: ")
