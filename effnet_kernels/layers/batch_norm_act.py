@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
+from effnet_kernels.layers.running_statistics import (
+    Batch,
+    normalises_by_batch,
+    update_running_statistics,
+)
 from effnet_kernels.ops import batch_norm_act
 
 
@@ -39,5 +43,6 @@ def run_batch_norm_act(
         sample_scale=sample_scale,
     )
     if batch_mean is not None and batch_var is not None:
-        update_running_statistics(bn, batch_mean, batch_var, input.numel() // input.shape[1])
+        count = input.numel() // input.shape[1]
+        update_running_statistics([Batch(bn, batch_mean, batch_var, count)])
     return output

@@ -8,7 +8,11 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from effnet_kernels.activations import activation_code
-from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
+from effnet_kernels.layers.running_statistics import (
+    Batch,
+    normalises_by_batch,
+    update_running_statistics,
+)
 from effnet_kernels.ops import Prologue, depthwise_conv_bn_act
 
 
@@ -119,5 +123,6 @@ def run_depthwise_conv_bn_act(
         prologue=prologue,
     )
     if batch_mean is not None and batch_var is not None:
-        update_running_statistics(bn, batch_mean, batch_var, output.numel() // output.shape[1])
+        count = output.numel() // output.shape[1]
+        update_running_statistics([Batch(bn, batch_mean, batch_var, count)])
     return output, pooled

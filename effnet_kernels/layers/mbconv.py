@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.layers.running_statistics import normalises_by_batch, update_running_statistics
+from effnet_kernels.layers.running_statistics import (
+    Batch,
+    normalises_by_batch,
+    update_running_statistics,
+)
 from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv, mbconv_train
 from effnet_kernels.ops.checks import autocast_dtype
 
@@ -128,7 +132,9 @@ def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | 
         input, expand, depthwise, squeeze_excite, project, stride, block.padding,
         training=training, residual=block.residual, sample_scale=scale,
     )  # fmt: skip
-    batch = [s for s in statistics if s is not None]
-    for norm, (mean, var, elements) in zip(norms, batch, strict=False):
-        update_running_statistics(norm, mean, var, elements)
+    if training:
+        given = [s for s in statistics if s is not None]
+        update_running_statistics(
+            [Batch(norm, *batch) for norm, batch in zip(norms, given, strict=True)]
+        )
     return output

@@ -286,6 +286,36 @@ def backward_out(
     backends.kernel(backend, "batch_norm_act_backward_out")(*common, *statistics, False, grad_input)
 
 
+def affine_out(backend: str, bn: BatchNorm, scale: Tensor, shift: Tensor) -> None:
+    """``bn`` as a prologue has it, ``x * scale + shift``, in two launches.
+
+    Args:
+        backend: a kernel backend's name.
+        bn: of C channels.
+        scale: (C,), float32 or float64; written, like the one that follows.
+        shift: (C,).
+    """
+    mean, var, weight, bias, eps = bn
+    standardise_out(backend, torch.ones_like(scale) if weight is None else weight, var, eps, scale)
+    mean = mean.to(scale.dtype)
+    if bias is None:
+        torch.mul(mean, scale, out=shift).neg_()
+    else:
+        torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1, out=shift)
+
+
+def standardise_out(backend: str, values: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
+    """``out = values / sqrt(var + eps)``, (C,) each, in one launch: that of BN's derivative at a
+    single pixel. ``out`` may be ``values``.
+    """
+    image, result = (t.to(out.dtype).view(1, -1, 1, 1) for t in (values, out))
+    var = var.to(out.dtype)
+    backends.kernel(backend, "batch_norm_act_backward_out")(
+        image, image, var, var, None, None, eps, int(Activation.identity), None, None, None, None,
+        False, result,
+    )  # fmt: skip
+
+
 def _backward_fake(
     grad_output: Tensor, input: Tensor, mean: Tensor, var: Tensor,
     bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float, activation: int,

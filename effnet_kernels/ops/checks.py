@@ -134,8 +134,12 @@ def check_shape(
     check_same_device(argument, tensor, device)
 
 
-def check_pointwise_weight(argument: str, weight: Tensor, input: Tensor, channels: int) -> Tensor:
+def check_pointwise_weight(
+    argument: str, weight: Tensor, input: Tensor, channels: int, *, cast: bool = False
+) -> Tensor:
     """``weight``, a (K, ``channels``) matrix or 1x1 kernel of ``input``'s dtype, as a matrix.
+
+    ``cast``: it will be cast to that dtype, and may have another.
 
     Raises:
         TypeError: it is no tensor, or of another dtype.
@@ -148,10 +152,19 @@ def check_pointwise_weight(argument: str, weight: Tensor, input: Tensor, channel
         raise ValueError(
             f"{argument}: got shape {shape}, expected (K, {channels}) or (K, {channels}, 1, 1)"
         )
-    if weight.dtype != input.dtype:
-        raise TypeError(f"{argument}: got dtype {weight.dtype}, expected {input.dtype}, input's")
+    check_weight_dtype(argument, weight, input, cast=cast)
     check_same_device(argument, weight, input.device)
     return weight.flatten(1)
+
+
+def check_weight_dtype(argument: str, weight: Tensor, input: Tensor, *, cast: bool) -> None:
+    """``weight`` has ``input``'s dtype, or one that can be ``cast`` to it.
+
+    Raises:
+        TypeError: it has not.
+    """
+    if weight.dtype != input.dtype and not (cast and weight.dtype in FLOATING):
+        raise TypeError(f"{argument}: got dtype {weight.dtype}, expected {input.dtype}, input's")
 
 
 def check_eps(argument: str, eps: float) -> None:

@@ -308,8 +308,11 @@ def reference(
     return DepthwiseConvBnActOutput(y, pooled, mean, var)
 
 
-def check_weight(argument: str, weight: Tensor, input: Tensor, channels: int) -> None:
-    """``weight`` holds one filter for each of ``channels`` channels, in ``input``'s dtype.
+def check_weight(
+    argument: str, weight: Tensor, input: Tensor, channels: int, *, cast: bool = False
+) -> None:
+    """``weight`` holds one filter for each of ``channels`` channels, in ``input``'s dtype, or in
+    another from which it will be ``cast``.
 
     Raises:
         TypeError: it is no tensor, or of another dtype.
@@ -323,8 +326,7 @@ def check_weight(argument: str, weight: Tensor, input: Tensor, channels: int) ->
             f"{argument}: got shape {shape}, expected ({channels}, 1, k, k) "
             "with k 3, 5 or 7, one filter a channel of input"
         )
-    if weight.dtype != input.dtype:
-        raise TypeError(f"{argument}: got dtype {weight.dtype}, expected {input.dtype}, input's")
+    checks.check_weight_dtype(argument, weight, input, cast=cast)
     checks.check_same_device(argument, weight, input.device)
 
 

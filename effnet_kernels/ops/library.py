@@ -34,6 +34,18 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     )
 
 
+def call(op: Callable[..., Any], *arguments: Any) -> Any:
+    """``op``, as ``register`` gives it, on ``arguments``.
+
+    Where no gradient is wanted the dispatcher starts below autograd, whose step is in Python and
+    would take as long again as the rest.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def register(
     name: str,
     schema: str,

@@ -158,22 +158,19 @@ def mbconv(
             return block + input
         input = input.to(low)
         expand, depthwise, project = to_autocast(low, expand, depthwise, project)
-    stride, pads, _ = check_block(
+    checked = check_block(
         input, expand, depthwise, squeeze_excite, project, stride, padding, residual
     )
     backend = backends.select(OP, input)
     if backend == backends.EAGER:
         return reference(
-            input, expand, depthwise, squeeze_excite, project, stride, pads, residual=residual
-        )
-    result = _OPS[backend](
+            input, expand, depthwise, squeeze_excite, project, checked.stride, checked.pads,
+            residual=residual,
+        )  # fmt: skip
+    result = library.call(
+        _OPS[backend],
         input.contiguous(memory_format=torch.channels_last),
-        *kernel_conv_bn(expand, input),
-        *kernel_conv_bn(depthwise, input),
-        stride,
-        pads,
-        *kernel_squeeze_excite(squeeze_excite, input),
-        *kernel_conv_bn(project, input),
+        *kernel_block(input, expand, depthwise, squeeze_excite, project, checked),
         residual,
         allows_tf32(input),
     )
@@ -186,10 +183,6 @@ def no_residual(input: Tensor, shape: tuple[int, ...]) -> ValueError:
         f"residual: got True, expected False where the output has shape {shape} and the input "
         f"{tuple(input.shape)}"
     )
-
-
-NO_CONV = (None, None, None, None, None, 0.0, 0)
-NO_SQUEEZE_EXCITE = (None, None, None, None, 0, _CODES["sigmoid"])
 
 
 def _as_given(
@@ -213,22 +206,12 @@ def _as_given(
         )
         result = _OPS[backends.CPU.name](
             input,
-            *(NO_CONV if expand is None else (*expand[:6], _CODES[expand.activation])),
-            *depthwise[:6],
-            _CODES[depthwise.activation],
+            *_conv_bn_as_given(expand),
+            *_conv_bn_as_given(depthwise),
             stride,
             pads,
-            *(
-                NO_SQUEEZE_EXCITE
-                if squeeze_excite is None
-                else (
-                    *squeeze_excite[:4],
-                    _CODES[squeeze_excite.activation],
-                    _CODES[squeeze_excite.gate],
-                )
-            ),
-            *project[:6],
-            _CODES[project.activation],
+            *_squeeze_excite_as_given(squeeze_excite),
+            *_conv_bn_as_given(project),
             residual,
             False,
         )
@@ -280,6 +263,26 @@ def to_autocast(low: torch.dtype, *convs: ConvBn | None) -> tuple[Any, ...]:
     )
 
 
+class CheckedBlock(NamedTuple):
+    """What the checks of a block find.
+
+    Attributes:
+        stride: of the depthwise convolution.
+        pads: its padding, (top, left, bottom, right).
+        shape: the output's.
+        as_given: the kernels read the tensors, the input apart, without a conversion.
+    """
+
+    stride: int
+    pads: tuple[int, int, int, int]
+    shape: tuple[int, int, int, int]
+    as_given: bool
+
+
+_CHECKED: dict[Any, tuple[Any, CheckedBlock]] = {}
+_MOST_CHECKED = 4096
+
+
 def check_block(
     input: Tensor,
     expand: ConvBn | None,
@@ -291,21 +294,95 @@ def check_block(
     residual: bool,
     *,
     statistics: bool = True,
-) -> tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """The arguments of ``mbconv`` are right; ``statistics``: running ones are needed.
+    cast: bool = False,
+) -> CheckedBlock:
+    """The arguments of ``mbconv`` are right.
 
-    Returns:
-        The stride, the padding as (top, left, bottom, right), and the output's shape.
+    What is checked once is remembered: the checks read nothing but what ``_properties`` does, and
+    take longer than the launches that they precede. ``statistics``: running ones are needed.
+    ``cast``: the op casts the convolutions' weights to the input's dtype itself.
 
     Raises:
         TypeError, ValueError: as ``mbconv``.
     """
+    arguments = (input, expand, depthwise, squeeze_excite, project, stride, padding, residual)
+    # Not where shapes may be symbols, which a comparison would turn into constants, nor with a
+    # padding that can change.
+    if (
+        input.__class__ is not Tensor
+        or padding.__class__ not in (int, str, tuple)
+        or torch.compiler.is_compiling()
+    ):
+        return _check_block(*arguments, statistics, cast)
+    try:
+        properties = (*_properties(*arguments), statistics, cast)
+        key = (id(depthwise.weight), input.shape)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # for the checks to word
+        return _check_block(*arguments, statistics, cast)
+    known = _CHECKED.get(key)
+    if known is not None and known[0] == properties:
+        return known[1]
+    checked = _check_block(*arguments, statistics, cast)
+    given = checked._replace(as_given=True)
+    block = arguments[:5]
+    if all(
+        read is tensor
+        for read, tensor in zip(
+            kernel_block(*block, checked), kernel_block(*block, given), strict=True
+        )
+        if isinstance(tensor, Tensor)
+    ):
+        checked = given
+    if len(_CHECKED) >= _MOST_CHECKED:
+        _CHECKED.clear()
+    _CHECKED[key] = properties, checked
+    return checked
+
+
+def _properties(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int,
+    padding: int | str | Sequence[int],
+    residual: bool,
+) -> list[Any]:
+    """All of the arguments that their being right depends on."""
+    found: list[Any] = [input.shape, input.dtype, input.device, stride.__class__, stride, padding]
+    found.append(residual)
+    for group, tensors in ((expand, 5), (depthwise, 5), (squeeze_excite, 4), (project, 5)):
+        found.append(group.__class__)
+        if group is None:
+            continue
+        for t in group[:tensors]:
+            if t is None:
+                found.append(None)
+            else:
+                found += (t.shape, t.dtype, t.device, t.is_contiguous())  # type: ignore[union-attr]
+        found += group[tensors:]
+    return found
+
+
+def _check_block(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    stride: int,
+    padding: int | str | Sequence[int],
+    residual: bool,
+    statistics: bool,
+    cast: bool,
+) -> CheckedBlock:
     channels = input.shape[1]
     if expand is not None:
-        _check_pointwise("expand", expand, input, channels, statistics)
+        _check_pointwise("expand", expand, input, channels, statistics, cast)
         channels = expand.weight.shape[0]
     _check_conv_bn("depthwise", depthwise)
-    check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels)
+    check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels, cast=cast)
     _check_bn("depthwise", depthwise, channels, input.device, statistics)
     stride = check_stride(stride)
     pads = check_padding(padding, input, depthwise.weight.shape[2], stride)
@@ -317,13 +394,13 @@ def check_block(
             )
         check_squeeze_excite_weights(*squeeze_excite[:4], channels, input.device)
         squeeze_excite_codes(*squeeze_excite[4:])
-    _check_pointwise("project", project, input, channels, statistics)
+    _check_pointwise("project", project, input, channels, statistics, cast)
     n, in_channels, height, width = input.shape
     out_h, out_w = output_hw(input, depthwise.weight, stride, pads)
     shape = (n, project.weight.shape[0], out_h, out_w)
     if residual and shape != (n, in_channels, height, width):
         raise no_residual(input, shape)
-    return stride, pads, shape
+    return CheckedBlock(stride, pads, shape, as_given=False)
 
 
 def _check_conv_bn(argument: str, conv: ConvBn) -> None:
@@ -332,10 +409,10 @@ def _check_conv_bn(argument: str, conv: ConvBn) -> None:
 
 
 def _check_pointwise(
-    argument: str, conv: ConvBn, input: Tensor, channels: int, statistics: bool
+    argument: str, conv: ConvBn, input: Tensor, channels: int, statistics: bool, cast: bool
 ) -> None:
     _check_conv_bn(argument, conv)
-    checks.check_pointwise_weight(f"{argument}.weight", conv.weight, input, channels)
+    checks.check_pointwise_weight(f"{argument}.weight", conv.weight, input, channels, cast=cast)
     _check_bn(argument, conv, conv.weight.shape[0], input.device, statistics)
 
 
@@ -353,27 +430,53 @@ def _check_bn(
     activation_code(f"{argument}.activation", conv.activation)
 
 
-def kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> tuple[Any, ...]:
-    """A convolution as the functional ops take it."""
+def kernel_block(
+    input: Tensor,
+    expand: ConvBn | None,
+    depthwise: ConvBn,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvBn,
+    checked: CheckedBlock,
+) -> tuple[Any, ...]:
+    """A checked block as the functional ops take it, from expand's weight to project's activation.
+
+    Weights keep their dtype.
+    """
+    if checked.as_given:
+        return (
+            *_conv_bn_as_given(expand),
+            *_conv_bn_as_given(depthwise),
+            checked.stride,
+            checked.pads,
+            *_squeeze_excite_as_given(squeeze_excite),
+            *_conv_bn_as_given(project),
+        )
+    convs = [_kernel_conv_bn(conv, input) for conv in (expand, depthwise, project)]
+    if squeeze_excite is not None:
+        weights = kernel_weights(squeeze_excite[:4], input.dtype)
+        squeeze_excite = SqueezeExcite(*weights, *squeeze_excite[4:])
+    given = checked._replace(as_given=True)
+    return kernel_block(input, convs[0], convs[1], squeeze_excite, convs[2], given)
+
+
+def _kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> Any:
     if conv is None:
-        return NO_CONV
-    return (
-        conv.weight.contiguous(),
-        *(checks.kernel_vector(vector, input) for vector in conv[1:5]),
-        conv.eps,
-        _CODES[conv.activation],
-    )
+        return None
+    mean, var, bn_weight, bn_bias = (checks.kernel_vector(vector, input) for vector in conv[1:5])
+    return ConvBn(conv.weight.contiguous(), mean, var, bn_weight, bn_bias, *conv[5:])
 
 
-def kernel_squeeze_excite(squeeze_excite: SqueezeExcite | None, input: Tensor) -> tuple[Any, ...]:
-    """Squeeze-and-excitation as the functional ops take it."""
+def _conv_bn_as_given(conv: ConvBn | None) -> tuple[Any, ...]:
+    if conv is None:
+        return (None, None, None, None, None, 0.0, 0)
+    return (*conv[:6], _CODES[conv.activation])
+
+
+def _squeeze_excite_as_given(squeeze_excite: SqueezeExcite | None) -> tuple[Any, ...]:
     if squeeze_excite is None:
-        return NO_SQUEEZE_EXCITE
-    return (
-        *kernel_weights(squeeze_excite[:4], input.dtype),
-        _CODES[squeeze_excite.activation],
-        _CODES[squeeze_excite.gate],
-    )
+        return (None, None, None, None, 0, _CODES["sigmoid"])
+    _, _, _, _, activation, gate = squeeze_excite
+    return (*squeeze_excite[:4], _CODES[activation], _CODES[gate])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,12 +550,12 @@ def _inference(
     channels = depthwise_weight.shape[0]
     out_h, out_w = output.shape[2:]
     depthwise = library.empty_image(input, channels, out_h, out_w)
-    values = torch.empty(
-        (2, n, channels) if reduce_weight is not None else (0,),
-        dtype=checks.accumulator(input),
-        device=input.device,
-    )
-    pooled, gate = values if reduce_weight is not None else (None, None)
+    pooled = gate = None
+    if reduce_weight is not None:
+        pooled, gate = (
+            torch.empty((n, channels), dtype=checks.accumulator(input), device=input.device)
+            for _ in range(2)
+        )
     expansion = (
         expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps,
         expand_activation,
@@ -478,11 +581,11 @@ def _inference(
         backends.kernel(backend, "depthwise_conv_bn_act_out")(
             expanded, *depthwise_bn, *geometry, None, None, 0, depthwise, pooled
         )
-    if reduce_weight is not None and excite_weight is not None:
-        hidden = torch.empty((n, reduce_weight.shape[0]), dtype=values.dtype, device=input.device)
+    if pooled is not None and reduce_weight is not None:
+        hidden = pooled.new_empty((n, reduce_weight.shape[0]))
         backends.fastest_kernel(backend, "squeeze_excite_gate_out", depthwise)(
-            pooled, out_h * out_w, reduce_weight.flatten(1), reduce_bias, excite_weight.flatten(1),
-            excite_bias, se_activation, gate_activation, hidden, gate,
+            pooled, out_h * out_w, reduce_weight, reduce_bias, excite_weight, excite_bias,
+            se_activation, gate_activation, hidden, gate,
         )  # fmt: skip
     backends.fastest_kernel(backend, "pointwise_conv_bn_act_out", depthwise)(
         depthwise, project_weight, project_mean, project_var, project_bn_weight, project_bn_bias,

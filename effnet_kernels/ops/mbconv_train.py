@@ -47,7 +47,12 @@ from torch import Tensor
 
 from effnet_kernels import backends
 from effnet_kernels.ops import checks, library
-from effnet_kernels.ops.batch_norm_act import backward_out, per_sample
+from effnet_kernels.ops.batch_norm_act import (
+    affine_out,
+    backward_out,
+    per_sample,
+    standardise_out,
+)
 from effnet_kernels.ops.batch_norm_act import reference as batch_norm_reference
 from effnet_kernels.ops.depthwise_conv_bn_act import output_hw
 from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
@@ -56,13 +61,11 @@ from effnet_kernels.ops.mbconv import (
     SqueezeExcite,
     block_arguments,
     check_block,
-    kernel_conv_bn,
-    kernel_squeeze_excite,
+    kernel_block,
     names_of,
     no_residual,
     to_autocast,
 )
-from effnet_kernels.ops.prologue import affine
 from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
 
 OP = "mbconv_train"
@@ -152,12 +155,11 @@ def mbconv_train(
                 raise no_residual(input, tuple(block.output.shape))
             return block._replace(output=block.output + input)
         input = input.to(low)
-        expand, depthwise, project = to_autocast(low, expand, depthwise, project)
-    stride, pads, shape = check_block(
+    checked = check_block(
         input, expand, depthwise, squeeze_excite, project, stride, padding, residual,
-        statistics=not training,
+        statistics=not training, cast=low is not None,
     )  # fmt: skip
-    n, _, out_h, out_w = shape
+    n, _, out_h, out_w = checked.shape
     if sample_scale is not None:
         checks.check_shape("sample_scale", sample_scale, (n,), input.device)
     if training and n * min(out_h * out_w, input.shape[2] * input.shape[3]) == 1:
@@ -167,45 +169,40 @@ def mbconv_train(
 
     backend = backends.select(OP, input)
     if backend == backends.EAGER:
+        if low is not None:
+            expand, depthwise, project = to_autocast(low, expand, depthwise, project)
         return reference(
-            input, expand, depthwise, squeeze_excite, project, stride, pads, training=training,
-            residual=residual, sample_scale=sample_scale,
+            input, expand, depthwise, squeeze_excite, project, checked.stride, checked.pads,
+            training=training, residual=residual, sample_scale=sample_scale,
         )  # fmt: skip
-    output, means, variances = _FORWARD[backend](
+    output, vectors, *_ = library.call(
+        _FORWARD[backend],
         input.contiguous(memory_format=torch.channels_last),
-        *kernel_conv_bn(expand, input),
-        *kernel_conv_bn(depthwise, input),
-        stride,
-        pads,
-        *kernel_squeeze_excite(squeeze_excite, input),
-        *kernel_conv_bn(project, input),
+        *kernel_block(input, expand, depthwise, squeeze_excite, project, checked),
         residual,
         None if sample_scale is None else sample_scale.to(checks.accumulator(input)),
         training,
-    )[:3]
+    )
     if not training:
         return MbconvTrainOutput(output, None, None, None)
-    sizes = _sizes(input, expand, depthwise.weight, project.weight)
-    statistics = [
-        Statistics(mean, var, elements)
-        for mean, var, elements in zip(
-            means.split(sizes),
-            variances.split(sizes),
-            (n * input.shape[2] * input.shape[3], n * out_h * out_w, n * out_h * out_w),
-            strict=True,
-        )
-    ]
+    weights = (None if expand is None else expand.weight, depthwise.weight, project.weight)
+    parts = vectors.split_with_sizes(_vector_sizes(_sizes(*weights), training))
+    pixels = n * out_h * out_w
     return MbconvTrainOutput(
-        output, None if expand is None else statistics[0], statistics[1], statistics[2]
-    )
+        output,
+        None if expand is None
+        else Statistics(parts[0], parts[3], n * input.shape[2] * input.shape[3]),
+        Statistics(parts[1], parts[4], pixels),
+        Statistics(parts[2], parts[5], pixels),
+    )  # fmt: skip
 
 
 def _sizes(
-    input: Tensor, expand: Any, depthwise_weight: Tensor, project_weight: Tensor
+    expand_weight: Tensor | None, depthwise_weight: Tensor, project_weight: Tensor
 ) -> list[int]:
     """The channels of the three BNs, 0 for one that is not there."""
     channels = depthwise_weight.shape[0]
-    return [0 if expand is None else channels, channels, project_weight.shape[0]]
+    return [0 if expand_weight is None else channels, channels, project_weight.shape[0]]
 
 
 def reference(
@@ -259,31 +256,90 @@ def _statistics(mean: Tensor | None, var: Tensor | None, of: Tensor) -> Statisti
 
 
 # --------------------------------------------------------------------------------------------------
-# The registered functional ops (see depthwise_conv_bn_act.py). Vectors of all BNs are one tensor,
-# those of expand first, so that what is small is allocated at once.
+# The registered functional ops (see depthwise_conv_bn_act.py). What is small is allocated at once:
+# vectors are the parts of one tensor, in forward means and variances of all BNs in training, those
+# of expand first, then the scale and shift that expand's BN is; in backward the gradients of BNs'
+# weights, then of their biases. Weights of another dtype than the input's, as under autocast, are
+# cast together, and so are their gradients.
 # --------------------------------------------------------------------------------------------------
 
 
 _ARGUMENTS = f"{block_arguments('Tensor?')}, bool residual, Tensor? sample_scale, bool training"
 _NAMES = names_of(_ARGUMENTS)
-_SAVED = (
-    "input", "means", "variances", "expanded", "conv", "projected", "gate_values", "hidden",
-)  # fmt: skip
-"""What backward is given before those arguments that it shares with forward:"""
-_BACKWARD_ARGUMENTS = ", ".join(
-    argument
-    for argument, name in zip(_ARGUMENTS.split(", "), _NAMES, strict=True)
-    if not name.endswith(("_mean", "_var")) and name not in ("input", "reduce_bias", "excite_bias")
-)
-_BACKWARD_NAMES = names_of(_BACKWARD_ARGUMENTS)
+_SAVED = ("vectors", "expanded", "conv", "projected", "gate_values", "hidden", "low_weights")
+"""What forward leaves for backward, which is given the rest of what forward was."""
+_ARGUMENT_OF = dict(zip(_NAMES, _ARGUMENTS.split(", "), strict=True))
 _BACKWARD_TENSORS = tuple(
-    name for name in _BACKWARD_NAMES if name.endswith(("_weight", "_bias", "_scale"))
+    name
+    for name, argument in _ARGUMENT_OF.items()
+    if argument.startswith("Tensor") and name not in ("reduce_bias", "excite_bias")
+)
+_BACKWARD_SETTINGS = tuple(
+    name for name, argument in _ARGUMENT_OF.items() if not argument.startswith("Tensor")
+)
+_GRADIENTS = (
+    "input", "expand_weight", "depthwise_weight", "reduce_weight", "reduce_bias", "excite_weight",
+    "excite_bias", "project_weight",
+)  # fmt: skip
+"""What backward computes a tensor each of, before the one of BNs' parameters:"""
+_STAGES = ("expand", "depthwise", "project")
+_BN_GRADIENTS = tuple(f"{stage}_bn_{kind}" for kind in ("weight", "bias") for stage in _STAGES)
+_TENSOR_SLOTS, _SETTING_SLOTS, _GRADIENT_SLOTS, _BN_SLOTS = (
+    tuple(map(_NAMES.index, names))
+    for names in (_BACKWARD_TENSORS, _BACKWARD_SETTINGS, _GRADIENTS, _BN_GRADIENTS)
 )
 
 
 def _rows(image: Tensor) -> Tensor:
-    """A channels-last image as the matrix (pixels, C) that it is."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+    """A dense channels-last image as the matrix (pixels, C) that it is."""
+    n, channels, height, width = image.shape
+    return image.as_strided((n * height * width, channels), (channels, 1))
+
+
+def _vector_sizes(sizes: list[int], training: bool) -> list[int]:
+    """The parts of ``vectors``: means, variances, scale, shift."""
+    return [*sizes, *sizes, sizes[0], sizes[0]] if training else [sizes[0], sizes[0]]
+
+
+_ALIGNMENT = 8
+"""What weights in one tensor begin at a multiple of: 16 bytes, the widest load."""
+
+
+def _low_sizes(input: Tensor, weights: Sequence[Tensor | None]) -> list[int]:
+    """The elements of each weight in the tensor that those are cast to, or none if all are as the
+    input already.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if all(weight.dtype == input.dtype for weight in given):
+        return []
+    return [-(-weight.numel() // _ALIGNMENT) * _ALIGNMENT for weight in given]
+
+
+def _low_matrices(low: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The parts of ``low``, which has ``_low_sizes``, as matrices with a row a filter; ``weights``
+    themselves where it has none.
+    """
+    if low.numel() == 0:
+        return [None if weight is None else weight.flatten(1) for weight in weights]
+    parts: list[Tensor | None] = []
+    offset = 0
+    for weight in weights:
+        if weight is None:
+            parts.append(None)
+            continue
+        rows, elements = weight.shape[0], weight.numel()
+        columns = elements // rows
+        parts.append(low.as_strided((rows, columns), (columns, 1), offset))
+        offset += -(-elements // _ALIGNMENT) * _ALIGNMENT
+    return parts
+
+
+def _cast_between(weights: Sequence[Tensor | None], matrices: Sequence[Tensor | None]) -> Any:
+    """The pairs of a cast, of ``weights`` as matrices."""
+    return (
+        [weight.flatten(1) for weight in weights if weight is not None],
+        [matrix for matrix in matrices if matrix is not None],
+    )
 
 
 def _allocate(
@@ -295,12 +351,12 @@ def _allocate(
     channels, features = depthwise_weight.shape[0], project_weight.shape[0]
     out_h, out_w = output_hw(input, depthwise_weight, stride, padding)
     dtype = checks.accumulator(input)
-    vectors = sum(_sizes(input, expand_weight, depthwise_weight, project_weight)) * training
+    sizes = _sizes(expand_weight, depthwise_weight, project_weight)
     gated = (0, 0) if reduce_weight is None else (n, channels)
+    low = _low_sizes(input, (expand_weight, depthwise_weight, project_weight))
     return (
         library.empty_image(input, features, out_h, out_w),
-        input.new_empty(vectors, dtype=dtype),
-        input.new_empty(vectors, dtype=dtype),
+        input.new_empty(sum(_vector_sizes(sizes, training)), dtype=dtype),
         input.new_empty(0) if expand_weight is None
         else library.empty_image(input, channels, height, width),
         library.empty_image(input, channels, out_h, out_w),
@@ -308,6 +364,7 @@ def _allocate(
         input.new_empty((2, *gated), dtype=dtype),
         input.new_empty((0, 0) if reduce_weight is None else (n, reduce_weight.shape[0]),
                         dtype=dtype),
+        input.new_empty(sum(low)),
     )  # fmt: skip
 
 
@@ -331,75 +388,80 @@ def _forward(
         input, expand_weight, depthwise_weight, reduce_weight, project_weight, stride, padding,
         training,
     )  # fmt: skip
-    output, means, variances, expanded, conv, projected, (pooled, gate), hidden = results
+    output, vectors, expanded, conv, projected, values, hidden, low_weights = results
     if output.numel() == 0:
-        means.zero_()
-        variances.zero_()
+        vectors.zero_()
         return results
 
     def kernel(name: str, *arguments: Any) -> None:
         backends.kernel(backend, name)(*arguments)
 
-    sizes = _sizes(input, expand_weight, depthwise_weight, project_weight)
-    normalised_by: list[Any] = [
-        (expand_mean, expand_var), (depthwise_mean, depthwise_var), (project_mean, project_var),
-    ]  # fmt: skip
+    weights = (expand_weight, depthwise_weight, project_weight)
+    matrices = _low_matrices(low_weights, weights)
+    if low_weights.numel() > 0:
+        given, low = _cast_between(weights, matrices)
+        torch._foreach_copy_(low, given)
+        depthwise_weight = low[-2].view(depthwise_weight.shape)
+    expand_matrix, _, project_matrix = matrices
+    assert project_matrix is not None
+    parts = vectors.split_with_sizes(
+        _vector_sizes(_sizes(expand_weight, depthwise_weight, project_weight), training)
+    )
+    means: Sequence[Any] = (expand_mean, depthwise_mean, project_mean)
+    variances: Sequence[Any] = (expand_var, depthwise_var, project_var)
     if training:
-        normalised_by = list(zip(means.split(sizes), variances.split(sizes), strict=True))
+        means, variances = parts[:3], parts[3:6]
     scale = shift = None
-    if expand_weight is not None:
-        torch.mm(_rows(input), expand_weight.flatten(1).t(), out=_rows(expanded))
-        mean, var = normalised_by[0]
+    if expand_matrix is not None:
+        torch.mm(_rows(input), expand_matrix.t(), out=_rows(expanded))
         if training:
-            kernel("channel_statistics_out", expanded, mean, var)
-        scale, shift, _ = affine(mean, var, expand_bn_weight, expand_bn_bias, expand_eps)
-    mean, var = normalised_by[1]
+            kernel("channel_statistics_out", expanded, means[0], variances[0])
+        scale, shift = parts[-2:]
+        bn = (means[0], variances[0], expand_bn_weight, expand_bn_bias, expand_eps)
+        affine_out(backend, bn, scale, shift)
     kernel(
-        "depthwise_conv_bn_act_train_out", input if expand_weight is None else expanded,
+        "depthwise_conv_bn_act_train_out", input if expand_matrix is None else expanded,
         depthwise_weight, depthwise_bn_weight, depthwise_bn_bias, depthwise_eps, stride,
         padding[0], padding[1], depthwise_activation, scale, shift, expand_activation, training,
-        conv, mean, var, None, None,
+        conv, means[1], variances[1], None, None,
     )  # fmt: skip
-    depthwise = (
-        conv, mean, var, depthwise_bn_weight, depthwise_bn_bias, depthwise_eps,
-        depthwise_activation,
-    )  # fmt: skip
-    if reduce_weight is not None and excite_weight is not None:
-        kernel("batch_norm_act_out", *depthwise, None, None, None, pooled)
+    bn = (means[1], variances[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps)
+    gate = None
+    if reduce_weight is not None:
+        pooled, gate = values.unbind()
+        kernel("batch_norm_act_out", conv, *bn, depthwise_activation, None, None, None, pooled)
         kernel(
-            "squeeze_excite_gate_out", pooled, conv.shape[2] * conv.shape[3],
-            reduce_weight.flatten(1), reduce_bias, excite_weight.flatten(1), excite_bias,
-            se_activation, gate_activation, hidden, gate,
+            "squeeze_excite_gate_out", pooled, conv.shape[2] * conv.shape[3], reduce_weight,
+            reduce_bias, excite_weight, excite_bias, se_activation, gate_activation, hidden, gate,
         )  # fmt: skip
-    by_channel = None if reduce_weight is None else gate
     if backend in _PROJECT_FROM_CONV:
-        scale, shift, _ = affine(*depthwise[1:-1])
+        scale, shift = vectors.new_empty((2, conv.shape[1])).unbind()
+        affine_out(backend, bn, scale, shift)
         mean, var = scale.new_zeros(projected.shape[1]), scale.new_ones(projected.shape[1])
         kernel(
-            "pointwise_conv_bn_act_out", conv, project_weight, mean, var, None, None, 0.0,
-            _IDENTITY, scale, shift, depthwise_activation, by_channel, None, False, projected, None,
+            "pointwise_conv_bn_act_out", conv, project_matrix, mean, var, None, None, 0.0,
+            _IDENTITY, scale, shift, depthwise_activation, gate, None, False, projected, None,
         )  # fmt: skip
     else:
         scaled = torch.empty_like(conv)
-        kernel("batch_norm_act_out", *depthwise, by_channel, None, scaled, None)
-        torch.mm(_rows(scaled), project_weight.flatten(1).t(), out=_rows(projected))
-    mean, var = normalised_by[2]
+        kernel("batch_norm_act_out", conv, *bn, depthwise_activation, gate, None, scaled, None)
+        torch.mm(_rows(scaled), project_matrix.t(), out=_rows(projected))
     if training:
-        kernel("channel_statistics_out", projected, mean, var)
+        kernel("channel_statistics_out", projected, means[2], variances[2])
     kernel(
-        "batch_norm_act_out", projected, mean, var, project_bn_weight, project_bn_bias,
-        project_eps, project_activation, per_sample(sample_scale, projected.shape[1]),
-        input if residual else None, output, None,
+        "batch_norm_act_out", projected, means[2], variances[2], project_bn_weight,
+        project_bn_bias, project_eps, project_activation,
+        per_sample(sample_scale, projected.shape[1]), input if residual else None, output, None,
     )  # fmt: skip
     return results
 
 
 def _forward_fake(
-    input: Tensor, expand_weight: Tensor | None, *rest: Any
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    named = dict(zip(_NAMES[2:], rest, strict=True))
+    named = dict(zip(_NAMES, arguments, strict=True))
     return _allocate(
-        input, expand_weight, named["depthwise_weight"], named["reduce_weight"],
+        named["input"], named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
         named["project_weight"], named["stride"], named["padding"], named["training"],
     )  # fmt: skip
 
@@ -408,9 +470,6 @@ def _allocate_backward(
     input: Tensor, expand_weight: Tensor | None, depthwise_weight: Tensor,
     reduce_weight: Tensor | None, excite_weight: Tensor | None, project_weight: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    vectors = sum(_sizes(input, expand_weight, depthwise_weight, project_weight))
-    dtype = checks.accumulator(input)
-
     def like(weight: Tensor | None) -> Tensor:
         return input.new_empty(0) if weight is None else torch.empty_like(weight)
 
@@ -426,26 +485,27 @@ def _allocate_backward(
         like(excite_weight),
         bias(excite_weight),
         like(project_weight),
-        input.new_empty(vectors, dtype=dtype),
-        input.new_empty(vectors, dtype=dtype),
+        input.new_empty(
+            2 * sum(_sizes(expand_weight, depthwise_weight, project_weight)),
+            dtype=checks.accumulator(input),
+        ),
     )
 
 
 def _backward(
-    backend: str, grad_output: Tensor, input: Tensor, means: Tensor, variances: Tensor,
-    expanded: Tensor, conv: Tensor, projected: Tensor, values: Tensor, hidden: Tensor,
-    expand_weight: Tensor | None, expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None,
-    expand_eps: float, expand_activation: int,
-    depthwise_weight: Tensor, depthwise_bn_weight: Tensor | None,
-    depthwise_bn_bias: Tensor | None, depthwise_eps: float, depthwise_activation: int,
-    stride: int, padding: Sequence[int],
+    backend: str, grad_output: Tensor, vectors: Tensor, expanded: Tensor, conv: Tensor,
+    projected: Tensor, values: Tensor, hidden: Tensor, low_weights: Tensor, input: Tensor,
+    expand_weight: Tensor | None, expand_mean: Tensor | None, expand_var: Tensor | None,
+    expand_bn_weight: Tensor | None, expand_bn_bias: Tensor | None,
+    depthwise_weight: Tensor, depthwise_mean: Tensor | None, depthwise_var: Tensor | None,
+    depthwise_bn_weight: Tensor | None, depthwise_bn_bias: Tensor | None,
     reduce_weight: Tensor | None, excite_weight: Tensor | None,
-    se_activation: int, gate_activation: int,
-    project_weight: Tensor, project_bn_weight: Tensor | None, project_bn_bias: Tensor | None,
-    project_eps: float, project_activation: int,
-    residual: bool, sample_scale: Tensor | None, training: bool,
+    project_weight: Tensor, project_mean: Tensor | None, project_var: Tensor | None,
+    project_bn_weight: Tensor | None, project_bn_bias: Tensor | None, sample_scale: Tensor | None,
+    expand_eps: float, expand_activation: int, depthwise_eps: float, depthwise_activation: int,
+    stride: int, padding: Sequence[int], se_activation: int, gate_activation: int,
+    project_eps: float, project_activation: int, residual: bool, training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """means and variances are those that were normalised by, of all BNs."""
     input = input.contiguous(memory_format=torch.channels_last)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     grads = _allocate_backward(
@@ -457,175 +517,160 @@ def _backward(
         return grads
     (
         grad_input, grad_expand, grad_depthwise, grad_reduce, grad_reduce_bias, grad_excite,
-        grad_excite_bias, grad_project, grad_bn_weights, grad_bn_biases,
+        grad_excite_bias, grad_project, grad_bn,
     ) = grads  # fmt: skip
 
     def kernel(name: str, *arguments: Any) -> None:
         backends.kernel(backend, name)(*arguments)
 
-    sizes = _sizes(input, expand_weight, depthwise_weight, project_weight)
-    mean, var, grad_weight, grad_bias = (
-        t.split(sizes) for t in (means, variances, grad_bn_weights, grad_bn_biases)
-    )
+    sizes = _sizes(expand_weight, depthwise_weight, project_weight)
+    parts = vectors.split_with_sizes(_vector_sizes(sizes, training))
+    means: Sequence[Any] = (expand_mean, depthwise_mean, project_mean)
+    variances: Sequence[Any] = (expand_var, depthwise_var, project_var)
+    if training:
+        means, variances = parts[:3], parts[3:6]
+    grad_vectors = grad_bn.split_with_sizes([*sizes, *sizes])
+    grad_weight, grad_bias = grad_vectors[:3], grad_vectors[3:]
+    weights = (expand_weight, depthwise_weight, project_weight)
+    matrices = _low_matrices(low_weights, weights)
+    weight_grads = (None if expand_weight is None else grad_expand, grad_depthwise, grad_project)
+    low_grads = torch.empty_like(low_weights)
+    grad_matrices = _low_matrices(low_grads, weight_grads)
+    grad_taps = grad_depthwise
+    if low_weights.numel() > 0:
+        assert matrices[1] is not None and grad_matrices[1] is not None
+        grad_taps = grad_matrices[1].view(depthwise_weight.shape)
+        depthwise_weight = matrices[1].view(depthwise_weight.shape)
+    expand_matrix, _, project_matrix = matrices
+    assert project_matrix is not None
     # project and its BN
     grad_projected, grad_scaled, scaled = (torch.empty_like(t) for t in (projected, conv, conv))
     backward_out(
         backend, grad_output, projected,
-        (mean[2], var[2], project_bn_weight, project_bn_bias, project_eps), project_activation,
-        per_sample(sample_scale, projected.shape[1]), training, grad_projected, grad_weight[2],
-        grad_bias[2],
+        (means[2], variances[2], project_bn_weight, project_bn_bias, project_eps),
+        project_activation, per_sample(sample_scale, projected.shape[1]), training, grad_projected,
+        grad_weight[2], grad_bias[2],
     )  # fmt: skip
-    torch.mm(_rows(grad_projected), project_weight.flatten(1), out=_rows(grad_scaled))
+    grad_rows = _rows(grad_projected)
+    torch.mm(grad_rows, project_matrix, out=_rows(grad_scaled))
     # the gate, and z once more for project's weight
-    bn = (mean[1], var[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps)
+    bn = (means[1], variances[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps)
     grad_pooled = None
     if reduce_weight is None or excite_weight is None:
         kernel("batch_norm_act_out", conv, *bn, depthwise_activation, None, None, scaled, None)
     else:
-        pooled, gate = values
-        grad_gate, grad_pooled = torch.empty_like(values)
+        pooled, gate = values.unbind()
+        grad_gate, grad_pooled = torch.empty_like(values).unbind()
         kernel(
             "batch_norm_act_gate_out", grad_scaled, conv, *bn, depthwise_activation, gate,
             grad_gate, scaled, grad_scaled,
         )  # fmt: skip
         kernel(
             "squeeze_excite_gate_backward_out", grad_gate, pooled, conv.shape[2] * conv.shape[3],
-            hidden, gate, reduce_weight.flatten(1), excite_weight.flatten(1), se_activation,
-            gate_activation, grad_pooled, grad_reduce.flatten(1), grad_reduce_bias,
-            grad_excite.flatten(1), grad_excite_bias,
+            hidden, gate, reduce_weight, excite_weight, se_activation, gate_activation,
+            grad_pooled, grad_reduce.flatten(1), grad_reduce_bias, grad_excite.flatten(1),
+            grad_excite_bias,
         )  # fmt: skip
-    torch.mm(_rows(grad_projected).t(), _rows(scaled), out=grad_project.flatten(1))
-    del scaled, grad_projected
+    torch.mm(grad_rows.t(), _rows(scaled), out=grad_matrices[2])
+    del scaled, grad_projected, grad_rows
     # the depthwise stage, through the activation of expand
     depthwise = (
         grad_scaled, grad_pooled, conv, *bn, depthwise_activation, training,
     )  # fmt: skip
     geometry = (depthwise_weight, stride, padding[0], padding[1])
-    depthwise_grads = (grad_depthwise, grad_weight[1], grad_bias[1])
-    if expand_weight is None:
+    depthwise_grads = (grad_taps, grad_weight[1], grad_bias[1])
+    if expand_matrix is None:
         kernel(
             "depthwise_conv_bn_act_backward_out", *depthwise, input, *geometry, None, None,
             _IDENTITY, grad_input, *depthwise_grads, None, None,
         )  # fmt: skip
         if residual:
             grad_input.add_(grad_output)
-        return grads
-    bn = (mean[0], var[0], expand_bn_weight, expand_bn_bias, expand_eps)
-    scale, shift, invstd = affine(*bn)
-    grad_scale, grad_shift = torch.empty_like(scale), grad_bias[0]
-    grad_expanded = torch.empty_like(expanded)
-    kernel(
-        "depthwise_conv_bn_act_backward_out", *depthwise, expanded, *geometry, scale, shift,
-        expand_activation, grad_expanded, *depthwise_grads, grad_scale, grad_shift,
-    )  # fmt: skip
-    del grad_scaled, depthwise
-    # expand and its BN, whose d scale was taken around zero and is wanted around the mean
-    torch.addcmul(grad_scale, mean[0], grad_shift, value=-1, out=grad_weight[0]).mul_(invstd)
-    if training:
-        kernel(
-            "batch_norm_act_backward_out", grad_expanded, expanded, *bn, _IDENTITY, None, None,
-            grad_weight[0], grad_shift, True, grad_expanded,
-        )  # fmt: skip
-    rows, matrix = _rows(grad_expanded), expand_weight.flatten(1)
-    if residual:
-        torch.addmm(_rows(grad_output), rows, matrix, out=_rows(grad_input))
     else:
-        torch.mm(rows, matrix, out=_rows(grad_input))
-    torch.mm(rows.t(), _rows(input), out=grad_expand.flatten(1))
+        bn = (means[0], variances[0], expand_bn_weight, expand_bn_bias, expand_eps)
+        grad_scale, grad_shift = grad_weight[0], grad_bias[0]
+        grad_expanded = torch.empty_like(expanded)
+        kernel(
+            "depthwise_conv_bn_act_backward_out", *depthwise, expanded, *geometry, *parts[-2:],
+            expand_activation, grad_expanded, *depthwise_grads, grad_scale, grad_shift,
+        )  # fmt: skip
+        del grad_scaled, depthwise
+        # expand and its BN, whose d scale was taken around zero and is wanted around the mean
+        grad_scale.addcmul_(means[0], grad_shift, value=-1)
+        standardise_out(backend, grad_scale, variances[0], expand_eps, grad_scale)
+        if training:
+            kernel(
+                "batch_norm_act_backward_out", grad_expanded, expanded, *bn, _IDENTITY, None, None,
+                grad_scale, grad_shift, True, grad_expanded,
+            )  # fmt: skip
+        rows = _rows(grad_expanded)
+        if residual:
+            torch.addmm(_rows(grad_output), rows, expand_matrix, out=_rows(grad_input))
+        else:
+            torch.mm(rows, expand_matrix, out=_rows(grad_input))
+        torch.mm(rows.t(), _rows(input), out=grad_matrices[0])
+    if low_weights.numel() > 0:
+        torch._foreach_copy_(*_cast_between(weight_grads, grad_matrices))
     return grads
 
 
-def _backward_fake(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    named = dict(zip(_BACKWARD_NAMES, rest[len(_SAVED) - 1 :], strict=True))
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    named = dict(zip(_BACKWARD_NAMES, arguments, strict=True))
     return _allocate_backward(
-        input, named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
+        named["input"], named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
         named["excite_weight"], named["project_weight"],
     )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    named = dict(zip(_NAMES, inputs, strict=True))
-    _, means, variances, expanded, conv, projected, values, hidden = output
-    ctx.mark_non_differentiable(means, variances, expanded, conv, projected, values, hidden)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    if not named["training"]:
-        running = [f"{stage}_{{}}" for stage in ("expand", "depthwise", "project")]
-        means, variances = (
-            torch.cat([
-                named[name.format(kind)].to(values.dtype)
-                for name in running
-                if named[name.format(kind)] is not None
-            ])
-            for kind in ("mean", "var")
-        )  # fmt: skip
-    ctx.settings = {name: named[name] for name in _BACKWARD_NAMES if name not in _BACKWARD_TENSORS}
-    ctx.save_for_backward(
-        named["input"], means, variances, expanded, conv, projected, values, hidden,
-        *(named[name] for name in _BACKWARD_TENSORS),
-    )  # fmt: skip
+    ctx.settings = [inputs[slot] for slot in _SETTING_SLOTS]
+    ctx.save_for_backward(*output[1:], *(inputs[slot] for slot in _TENSOR_SLOTS))
 
 
 def _autograd_backward(
     backend: str, ctx: Any, grad_output: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
+    result: list[Tensor | None] = [None] * len(needs)
     if grad_output is None:
-        return (None,) * len(needs)
+        return tuple(result)
     saved = ctx.saved_tensors
-    tensors = dict(zip(_BACKWARD_TENSORS, saved[len(_SAVED) :], strict=True))
-    named = tensors | ctx.settings
-    (
-        grad_input, grad_expand, grad_depthwise, grad_reduce, grad_reduce_bias, grad_excite,
-        grad_excite_bias, grad_project, grad_bn_weights, grad_bn_biases,
-    ) = _BACKWARD[backend](
-        grad_output, *saved[: len(_SAVED)], *(named[name] for name in _BACKWARD_NAMES)
-    )  # fmt: skip
-    sizes = _sizes(
-        grad_input, tensors["expand_weight"], tensors["depthwise_weight"],
-        tensors["project_weight"],
-    )  # fmt: skip
-    grads = {
-        "input": grad_input,
-        "expand_weight": grad_expand,
-        "depthwise_weight": grad_depthwise,
-        "reduce_weight": grad_reduce,
-        "reduce_bias": grad_reduce_bias,
-        "excite_weight": grad_excite,
-        "excite_bias": grad_excite_bias,
-        "project_weight": grad_project,
-    }
-    for stage, weight, bias in zip(
-        ("expand", "depthwise", "project"),
-        grad_bn_weights.split(sizes),
-        grad_bn_biases.split(sizes),
-        strict=True,
-    ):
-        for name, grad in ((f"{stage}_bn_weight", weight), (f"{stage}_bn_bias", bias)):
-            if tensors[name] is not None:
-                grads[name] = grad.to(tensors[name].dtype)
-    return tuple(
-        grads.get(name) if need else None for name, need in zip(_NAMES, needs, strict=True)
-    )
+    *grads, grad_bn = library.call(_BACKWARD[backend], grad_output, *saved, *ctx.settings)
+    for slot, grad in zip(_GRADIENT_SLOTS, grads, strict=True):
+        if needs[slot]:
+            result[slot] = grad
+    tensors = dict(zip(_TENSOR_SLOTS, saved[len(_SAVED) :], strict=True))
+    sizes = _sizes(*(tensors[_NAMES.index(f"{stage}_weight")] for stage in _STAGES))
+    for slot, grad in zip(_BN_SLOTS, grad_bn.split_with_sizes([*sizes, *sizes]), strict=True):
+        if needs[slot]:
+            dtype = tensors[slot].dtype
+            result[slot] = grad if grad.dtype == dtype else grad.to(dtype)
+    return tuple(result)
 
 
 _FORWARD: dict[str, Any] = library.register(
     OP,
-    f"({_ARGUMENTS}) -> (Tensor output, Tensor means, Tensor variances, Tensor expanded, "
-    "Tensor conv, Tensor projected, Tensor gate_values, Tensor hidden)",
+    f"({_ARGUMENTS}) -> (Tensor output, {', '.join(f'Tensor {name}' for name in _SAVED)})",
     implementation=_forward,
     fake=_forward_fake,
     on_cpu=True,
 )
 library.differentiable(OP, backward=_autograd_backward, setup_context=_setup_context)
+_BACKWARD_ARGUMENTS = ", ".join(
+    (
+        "Tensor grad_output",
+        *(f"Tensor {name}" for name in _SAVED),
+        *(_ARGUMENT_OF[name] for name in (*_BACKWARD_TENSORS, *_BACKWARD_SETTINGS)),
+    )
+)
+_BACKWARD_NAMES = names_of(_BACKWARD_ARGUMENTS)
 _BACKWARD: dict[str, Any] = library.register(
     f"{OP}_backward",
-    "(Tensor grad_output, "
-    + "".join(f"Tensor {name}, " for name in _SAVED)
-    + _BACKWARD_ARGUMENTS
-    + ") -> (Tensor grad_input, Tensor grad_expand_weight, Tensor grad_depthwise_weight, "
-    "Tensor grad_reduce_weight, Tensor grad_reduce_bias, Tensor grad_excite_weight, "
-    "Tensor grad_excite_bias, Tensor grad_project_weight, Tensor grad_bn_weights, "
-    "Tensor grad_bn_biases)",
+    f"({_BACKWARD_ARGUMENTS}) -> ("
+    + ", ".join(f"Tensor grad_{name}" for name in (*_GRADIENTS, "bn"))
+    + ")",
     implementation=_backward,
     fake=_backward_fake,
     on_cpu=True,

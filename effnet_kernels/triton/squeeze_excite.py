@@ -337,7 +337,7 @@ def squeeze_excite_gate_out(
     hidden: Tensor, gate: Tensor,
 ) -> None:  # fmt: skip
     """The gate and the hidden values before their activation: schema in csrc/ops.cpp."""
-    S, C = reduce_weight.shape
+    S, C = reduce_weight.shape[:2]
     plan = gate_plan(C, S, reduce_weight.element_size())
     with device_guard(pooled):
         squeeze_excite_gate_kernel[(pooled.shape[0],)](
@@ -358,7 +358,7 @@ def squeeze_excite_gate_backward_out(
 ) -> None:  # fmt: skip
     """All gradients of the gate, in two kernels: schema in csrc/ops.cpp."""
     N = pooled.shape[0]
-    S, C = reduce_weight.shape
+    S, C = reduce_weight.shape[:2]
     plan = gate_plan(C, S, reduce_weight.element_size())
     with device_guard(pooled):
         grad_expanded = torch.empty_like(gate)
