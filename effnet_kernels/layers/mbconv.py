@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv, mbconv_train
 from effnet_kernels.ops.checks import autocast_dtype
 
 
+def _tensor(module: nn.Module, kind: str, name: str) -> Any:
+    """An attribute of ``module``, looked for first where it mostly is: ``nn.Module.__getattr__``
+    takes longer, and a block has twenty of them.
+    """
+    found = module.__dict__[kind].get(name)
+    return getattr(module, name) if found is None else found
+
+
 class Stage(NamedTuple):
     """A convolution without bias, the BN after it and the name of the activation after that."""
 
@@ -26,15 +34,15 @@ class Stage(NamedTuple):
 
     def arguments(self, training: bool = False) -> ConvBn:
         """The stage as the ops take it, normalised by running statistics unless ``training``."""
-        norm = self.norm
+        conv, norm, activation = self
         return ConvBn(
-            self.conv.weight,
-            None if training else norm.running_mean,
-            None if training else norm.running_var,
-            norm.weight,
-            norm.bias,
+            _tensor(conv, "_parameters", "weight"),
+            None if training else _tensor(norm, "_buffers", "running_mean"),
+            None if training else _tensor(norm, "_buffers", "running_var"),
+            _tensor(norm, "_parameters", "weight"),
+            _tensor(norm, "_parameters", "bias"),
             norm.eps,
-            self.activation,
+            activation,
         )
 
 
@@ -110,10 +118,10 @@ def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | 
     squeeze_excite = None
     if excite is not None:
         squeeze_excite = SqueezeExcite(
-            excite.reduce.weight,
-            excite.reduce.bias,
-            excite.expand.weight,
-            excite.expand.bias,
+            _tensor(excite.reduce, "_parameters", "weight"),
+            _tensor(excite.reduce, "_parameters", "bias"),
+            _tensor(excite.expand, "_parameters", "weight"),
+            _tensor(excite.expand, "_parameters", "bias"),
             excite.activation,
             excite.gate,
         )

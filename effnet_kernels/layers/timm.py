@@ -48,6 +48,7 @@ from effnet_kernels.layers.mbconv import (
     run_mbconv,
     statistics_refusal,
 )
+from effnet_kernels.layers.remembered import remembered
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
 from effnet_kernels.ops.prologue import affine
@@ -72,17 +73,12 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
-        if not _takes(x, self.conv_dw, "bn2", self.bn2):
+        refused = call_refusal(_OP, x) is not None
+        if not refused and (whole := remembered(self, _whole_inverted_residual)) is not None:
+            return run_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
+        if refused or depthwise_refusal(self.conv_dw, "bn2", self.bn2) is not None:
             output: Tensor = super().forward(x)
             return output
-        if whole_refusal(self) is None:
-            return _run_whole(
-                self,
-                x,
-                (self.conv_pw, self.bn1),
-                (self.conv_dw, self.bn2),
-                (self.conv_pwl, self.bn3),
-            )
         shortcut = x
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
@@ -106,11 +102,12 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
-        if not _takes(x, self.conv_dw, "bn1", self.bn1):
+        refused = call_refusal(_OP, x) is not None
+        if not refused and (whole := remembered(self, _whole_depthwise_separable)) is not None:
+            return run_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
+        if refused or depthwise_refusal(self.conv_dw, "bn1", self.bn1) is not None:
             output: Tensor = super().forward(x)
             return output
-        if whole_refusal(self) is None:
-            return _run_whole(self, x, None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2))
         shortcut = x
         if self.conv_s2d is not None:
             x = self.conv_s2d(x)
@@ -204,10 +201,6 @@ def norm_refusal(norm: BatchNormAct2d) -> str | None:
     return _act_refusal("it", norm) or statistics_refusal([norm])
 
 
-def _takes(x: Tensor, conv: nn.Conv2d, bn_name: str, bn: BatchNormAct2d) -> bool:
-    return call_refusal(_OP, x) is None and depthwise_refusal(conv, bn_name, bn) is None
-
-
 def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:
     """Why ``block``, whose depthwise stage the caller has checked, is not one op, or None."""
     convs: list[tuple[str, Any]] = [("conv_pw", block.conv_pw)]
@@ -238,17 +231,31 @@ def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | Non
     return squeeze_excite_refusal(block.se)
 
 
-_ConvNorm = tuple[nn.Conv2d, BatchNormAct2d]
+def _whole_inverted_residual(block: InvertedResidual) -> Block | None:
+    """``block`` as one op, or None where it is not."""
+    if depthwise_refusal(block.conv_dw, "bn2", block.bn2) or whole_refusal(block):
+        return None
+    return _whole(
+        block,
+        _stage(block.conv_pw, block.bn1),
+        _stage(block.conv_dw, block.bn2),
+        _stage(block.conv_pwl, block.bn3),
+    )
 
 
-def _run_whole(
+def _whole_depthwise_separable(block: DepthwiseSeparableConv) -> Block | None:
+    """``block`` as one op, or None where it is not."""
+    if depthwise_refusal(block.conv_dw, "bn1", block.bn1) or whole_refusal(block):
+        return None
+    return _whole(block, None, _stage(block.conv_dw, block.bn1), _stage(block.conv_pw, block.bn2))
+
+
+def _whole(
     block: InvertedResidual | DepthwiseSeparableConv,
-    x: Tensor,
-    expand: _ConvNorm | None,
-    depthwise: _ConvNorm,
-    project: _ConvNorm,
-) -> Tensor:
-    """A block that ``whole_refusal`` has nothing against."""
+    expand: Stage | None,
+    depthwise: Stage,
+    project: Stage,
+) -> Block:
     se = block.se
     excite = None
     if type(se) is not nn.Identity:
@@ -258,15 +265,8 @@ def _run_whole(
             _ACTIVATIONS[type(se.act1)],
             _ACTIVATIONS[type(se.gate)],
         )
-    modules = Block(
-        None if expand is None else _stage(*expand),
-        _stage(*depthwise),
-        excite,
-        _stage(*project),
-        _padding(depthwise[0]),
-        block.has_skip,
-    )
-    return run_mbconv(x, modules, lambda: _sample_scale(block.drop_path, x))
+    padding = _padding(depthwise.conv)
+    return Block(expand, depthwise, excite, project, padding, block.has_skip)
 
 
 def _sample_scale(drop_path: Any, x: Tensor) -> Tensor | None:

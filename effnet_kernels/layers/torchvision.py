@@ -33,6 +33,7 @@ from effnet_kernels.layers.mbconv import (
     run_mbconv,
     statistics_refusal,
 )
+from effnet_kernels.layers.remembered import remembered
 from effnet_kernels.ops import squeeze_excite
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
@@ -44,30 +45,16 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """The block of input, (N, C, H, W)."""
-        if call_refusal(_OP, input) is not None or refusal(self) is not None:
+        refused = call_refusal(_OP, input) is not None
+        if not refused and (whole := remembered(self, _whole)) is not None:
+            return run_mbconv(input, whole, lambda: _sample_scale(self.stochastic_depth, input))
+        if refused or refusal(self) is not None:
             output: Tensor = super().forward(input)
             return output
         expand, depthwise, se, project = _children(self)
-        depthwise_stage = _stage(depthwise)
-        excite = Excite(
-            se.fc1,
-            se.fc2,
-            ACTIVATIONS[type(se.activation)],
-            ACTIVATIONS[type(se.scale_activation)],
-        )
-        padding = conv_padding(depthwise_stage.conv)
-        if whole_refusal(self) is None:
-            block = Block(
-                None if expand is None else _stage(expand),
-                depthwise_stage,
-                excite,
-                _stage(project),
-                padding,
-                self.use_res_connect,
-            )
-            return run_mbconv(input, block, lambda: _sample_scale(self.stochastic_depth, input))
+        stage, excite = _stage(depthwise), _excite(se)
         x = input if expand is None else expand(input)
-        x, pooled = run_depthwise_conv_bn_act(x, *depthwise_stage, padding, pool=True)
+        x, pooled = run_depthwise_conv_bn_act(x, *stage, conv_padding(stage.conv), pool=True)
         x = squeeze_excite(
             x, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, *excite[2:], pooled=pooled
         )
@@ -104,6 +91,28 @@ def _children(block: Any) -> tuple[Any, Any, Any, Any]:
 
 def _stage(stage: Any) -> Stage:
     return Stage(stage[0], stage[1], ACTIVATIONS[type(stage[2])] if len(stage) > 2 else "identity")
+
+
+def _excite(se: SqueezeExcitation) -> Excite:
+    return Excite(
+        se.fc1, se.fc2, ACTIVATIONS[type(se.activation)], ACTIVATIONS[type(se.scale_activation)]
+    )
+
+
+def _whole(block: MBConv) -> Block | None:
+    """``block`` as one op, or None where it is not."""
+    if refusal(block) is not None or whole_refusal(block) is not None:
+        return None
+    expand, depthwise, se, project = _children(block)
+    stage = _stage(depthwise)
+    return Block(
+        None if expand is None else _stage(expand),
+        stage,
+        _excite(se),
+        _stage(project),
+        conv_padding(stage.conv),
+        block.use_res_connect,
+    )
 
 
 def refusal(block: Any) -> str | None:

@@ -34,16 +34,68 @@ def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     )
 
 
-def call(op: Callable[..., Any], *arguments: Any) -> Any:
-    """``op``, as ``register`` gives it, on ``arguments``.
+class Op:
+    """A functional op on one backend.
 
-    Where no gradient is wanted the dispatcher starts below autograd, whose step is in Python and
-    would take as long again as the rest.
+    Calling it is calling ``overload``, but for the time that the dispatcher takes to bring thirty
+    arguments to Python and back, once for autograd and once for the device: more than all launches
+    of a block. Where nothing but the op has to know of the call, they go there directly.
+
+    Attributes:
+        overload: the op of the dispatcher.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+
+    def __init__(self, overload: Any, backend: str, direct: Callable[..., Any]) -> None:
+        self.overload = overload
+        self._direct = direct
+        self._devices = backends.KERNEL_BACKENDS[backend].devices
+        self._derivative: type[torch.autograd.Function] | None = None
+
+    def differentiate(
+        self, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    ) -> None:
+        """Gives it its derivative, as ``differentiable`` has it, for a known backend."""
+        self._derivative = _derivative(self.overload._opname, self._direct, backward, setup_context)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The op's results."""
+        if (
+            torch.compiler.is_compiling()
+            or arguments[0].device.type not in self._devices
+            or not _PLAIN.issuperset(map(type, arguments))
+            or _is_watched()
+        ):
+            return self.overload(*arguments)
+        if torch.is_grad_enabled() and _require_grad(arguments):
+            assert self._derivative is not None
+            return self._derivative.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._direct(*arguments)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, tuple, list))
+"""Classes of arguments that the dispatcher has no other way for."""
+
+
+def _is_watched() -> bool:
+    """Whether something sees, or takes, what goes through the dispatcher."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _require_grad(arguments: tuple[Any, ...]) -> bool:
+    for x in arguments:  # noqa: SIM110 - on every call; any() over a generator costs more
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
+
+
+_REGISTERED: dict[str, dict[str, Op]] = {}
 
 
 def register(
@@ -53,7 +105,7 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     on_cpu: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Op]:
     """Registers the functional op ``name`` in both namespaces.
 
     Args:
@@ -70,17 +122,23 @@ def register(
     for library in (_COMPILED, _TRITON):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-    _COMPILED.impl(name, partial(implementation, backends.CUDA.name), "CUDA")
+    run = {backend: partial(implementation, backend) for backend in backends.KERNEL_BACKENDS}
+    _COMPILED.impl(name, run[backends.CUDA.name], "CUDA")
     if on_cpu:
-        _COMPILED.impl(name, partial(implementation, backends.CPU.name), "CPU")
+        _COMPILED.impl(name, run[backends.CPU.name], "CPU")
     for key in ("CPU", "CUDA"):
-        _TRITON.impl(name, partial(implementation, backends.TRITON.name), key)
+        _TRITON.impl(name, run[backends.TRITON.name], key)
     compiled = getattr(torch.ops.effnet_kernels, name).default
-    return {
+    if not on_cpu:
+        run[backends.CPU.name] = compiled
+    overloads = {
         backends.CPU.name: compiled,
         backends.CUDA.name: compiled,
         backends.TRITON.name: getattr(torch.ops.effnet_kernels_triton, name).default,
     }
+    ops = {name: Op(overload, name, run[name]) for name, overload in overloads.items()}
+    _REGISTERED[name] = ops
+    return ops
 
 
 def differentiable(
@@ -93,55 +151,65 @@ def differentiable(
 
     Args:
         name: the op's name.
-        backward: takes the name of a backend whose namespace is the forward op's, then the context
-            and the gradients.
+        backward: takes the name of a backend, then the context and the gradients.
         setup_context: takes the context, the inputs and the outputs, and saves what ``backward``
             needs.
     """
     for library, backend in ((_COMPILED, backends.CUDA), (_TRITON, backends.TRITON)):
-        _differentiate(library, name, partial(backward, backend.name), setup_context)
+        _register_autograd(library, name, partial(backward, backend.name), setup_context)
+    for backend_name, op in _REGISTERED[name].items():
+        op.differentiate(partial(backward, backend_name), setup_context)
 
 
 def not_differentiable(name: str, message: str) -> None:
     """Makes a gradient through op ``name`` an error with ``message``, not a wrong answer."""
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(backend: str, ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(message)
 
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         pass
 
-    for library in (_COMPILED, _TRITON):
-        _differentiate(library, name, backward, setup_context)
+    differentiable(name, backward=backward, setup_context=setup_context)
 
 
-def _differentiate(
-    library: torch.library.Library,
+def _derivative(
     name: str,
-    derivative: Callable[..., Any],
+    run: Callable[..., Any],
+    backward: Callable[..., Any],
     setup_context: Callable[..., Any],
-) -> None:
-    op = getattr(getattr(torch.ops, library.ns), name).default
+) -> type[torch.autograd.Function]:
+    """``run``, which is below autograd, with its derivative."""
 
     class Derivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*inputs)
+                outputs = run(*inputs)
             setup_context(ctx, inputs, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return derivative(ctx, *grads)
+            return backward(ctx, *grads)
+
+    Derivative.__name__ = name
+    return Derivative
+
+
+def _register_autograd(
+    library: torch.library.Library,
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+) -> None:
+    op = getattr(getattr(torch.ops, library.ns), name).default
+    derivative = _derivative(name, op, backward, setup_context)
 
     def autograd(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in inputs
-        ):
-            return Derivative.apply(*inputs)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and _require_grad(inputs):
+            return derivative.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
-    Derivative.__name__ = name
     library.impl(name, autograd, "Autograd")

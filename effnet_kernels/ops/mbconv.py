@@ -167,8 +167,7 @@ def mbconv(
             input, expand, depthwise, squeeze_excite, project, checked.stride, checked.pads,
             residual=residual,
         )  # fmt: skip
-    result = library.call(
-        _OPS[backend],
+    result = _OPS[backend](
         input.contiguous(memory_format=torch.channels_last),
         *kernel_block(input, expand, depthwise, squeeze_excite, project, checked),
         residual,

@@ -175,8 +175,7 @@ def mbconv_train(
             input, expand, depthwise, squeeze_excite, project, checked.stride, checked.pads,
             training=training, residual=residual, sample_scale=sample_scale,
         )  # fmt: skip
-    output, vectors, *_ = library.call(
-        _FORWARD[backend],
+    output, vectors, *_ = _FORWARD[backend](
         input.contiguous(memory_format=torch.channels_last),
         *kernel_block(input, expand, depthwise, squeeze_excite, project, checked),
         residual,
@@ -637,7 +636,7 @@ def _autograd_backward(
     if grad_output is None:
         return tuple(result)
     saved = ctx.saved_tensors
-    *grads, grad_bn = library.call(_BACKWARD[backend], grad_output, *saved, *ctx.settings)
+    *grads, grad_bn = _BACKWARD[backend](grad_output, *saved, *ctx.settings)
     for slot, grad in zip(_GRADIENT_SLOTS, grads, strict=True):
         if needs[slot]:
             result[slot] = grad
