@@ -85,5 +85,9 @@ def remembered(module: _M, find: Callable[[_M], _T]) -> _T:
         result: _T = found[2]
         return result
     result = find(module)
-    _FOUND[module] = find, _State(module), result
+    state = _State(module)
+    if state.stays(module):
+        _FOUND[module] = find, state, result
+    else:  # a hook can go without a trace
+        _FOUND.pop(module, None)
     return result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,18 +32,49 @@ class Batch(NamedTuple):
     elements: int
 
 
-@torch.no_grad()
-def update_running_statistics(batches: Sequence[Batch]) -> None:
-    """Moves the buffers of each BN towards its batch as ``bn.forward`` does, if it does.
+class _Waiting(threading.local):
+    """The batches that wait for the end of ``updates_together``, or None outside of it."""
 
-    All at once: the tensors are small, and one at a time their launches would be a fifth of a
-    training step's.
+    batches: list[Batch] | None = None
+
+
+_waiting = _Waiting()
+
+
+@contextlib.contextmanager
+def updates_together() -> Iterator[None]:
+    """Puts off what ``update_running_statistics`` is called for within until its end.
+
+    The tensors are small: one at a time, their launches would be a third of a training step's.
     """
-    batches = [b for b in batches if b.bn.training and b.bn.track_running_stats]
-    if len({id(b.bn) for b in batches}) < len(batches):  # a shared one has its batches in turn
-        update_running_statistics(batches[:1])
-        update_running_statistics(batches[1:])
+    if torch.compiler.is_compiling() or _waiting.batches is not None:
+        yield
         return
+    _waiting.batches = []
+    try:
+        yield
+    finally:
+        batches, _waiting.batches = _waiting.batches, None
+        update_running_statistics(batches)
+
+
+def update_running_statistics(batches: Sequence[Batch]) -> None:
+    """Moves the buffers of each BN towards its batch as ``bn.forward`` does, if it does."""
+    if not torch.compiler.is_compiling() and _waiting.batches is not None:
+        _waiting.batches += batches
+        return
+    batches = [b for b in batches if b.bn.training and b.bn.track_running_stats]
+    while batches:
+        first: dict[nn.BatchNorm2d, Batch] = {}
+        # A BN that several layers share has its batches in turn.
+        later = [b for b in batches if first.setdefault(b.bn, b) is not b]
+        _update(list(first.values()))
+        batches = later
+
+
+@torch.no_grad()
+def _update(batches: Sequence[Batch]) -> None:
+    """Moves the buffers of BNs that are there once each, all at once."""
     counters = [b.bn.num_batches_tracked for b in batches if b.bn.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)

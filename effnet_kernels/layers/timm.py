@@ -49,7 +49,7 @@ from effnet_kernels.layers.mbconv import (
     statistics_refusal,
 )
 from effnet_kernels.layers.remembered import remembered
-from effnet_kernels.layers.running_statistics import normalises_by_batch
+from effnet_kernels.layers.running_statistics import normalises_by_batch, updates_together
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
 from effnet_kernels.ops.prologue import affine
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
@@ -157,16 +157,21 @@ class FusedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
 
 
 class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
-    """``EfficientNet`` whose head convolution, BN and activation are one op in inference."""
+    """``EfficientNet`` whose head convolution, BN and activation are one op in inference, and whose
+    running statistics are updated together in training.
+    """
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The features of x, (N, C, H, W), before the pool."""
-        if torch.is_grad_enabled() or call_refusal("pointwise_conv_bn_act", x) is not None:
-            output: Tensor = super().forward_features(x)
-            return output
         norm = self.bn2
-        if head_refusal(self) is not None or normalises_by_batch(norm):
-            output = super().forward_features(x)
+        if (
+            torch.is_grad_enabled()
+            or call_refusal("pointwise_conv_bn_act", x) is not None
+            or head_refusal(self) is not None
+            or normalises_by_batch(norm)
+        ):
+            with updates_together():
+                output: Tensor = super().forward_features(x)
             return output
         x = self.blocks(self.bn1(self.conv_stem(x)))
         return pointwise_conv_bn_act(

@@ -26,11 +26,11 @@ _TRITON = torch.library.Library("effnet_kernels_triton", "DEF")
 
 def empty_image(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """A channels-last image as ``like``, but for its channels and size; not initialised."""
-    return torch.empty(
+    return torch.empty_strided(
         (like.shape[0], channels, height, width),
+        (height * width * channels, 1, width * channels, channels),
         dtype=like.dtype,
         device=like.device,
-        memory_format=torch.channels_last,
     )
 
 

@@ -23,9 +23,9 @@ would do what they spread over all.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 BANDWIDTH = 4.3e12
@@ -70,6 +70,7 @@ def halo(size: tuple[int, int], kernel: int, stride: int) -> float:
     return factor
 
 
+@functools.lru_cache(maxsize=1024)
 def expand_seconds(
     shape: tuple[int, int, int, int],
     channels: int,
@@ -116,9 +117,9 @@ def fuses_expand(
     """Whether the fused launch is predicted to be the faster one for ``input``."""
     if _forced is not None:
         return _forced
-    shape = torch.Size(input.shape)
+    n, in_channels, height, width = input.shape
     fused, separate = expand_seconds(
-        (shape[0], shape[1], shape[2], shape[3]),
+        (n, in_channels, height, width),
         channels,
         kernel,
         stride,
