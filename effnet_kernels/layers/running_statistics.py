@@ -75,32 +75,41 @@ def update_running_statistics(batches: Sequence[Batch]) -> None:
 @torch.no_grad()
 def _update(batches: Sequence[Batch]) -> None:
     """Moves the buffers of BNs that are there once each, all at once."""
-    counters = [b.bn.num_batches_tracked for b in batches if b.bn.num_batches_tracked is not None]
+    counters: list[Tensor] = []
+    moving: list[tuple[Batch, Tensor, Tensor]] = []
+    for batch in batches:
+        buffers = batch.bn._buffers  # nn.Module.__getattr__ takes longer than all else here
+        counter, running_mean, running_var = (
+            buffers.get(name) for name in ("num_batches_tracked", "running_mean", "running_var")
+        )
+        if counter is not None:
+            counters.append(counter)
+        if running_mean is not None and running_var is not None and batch.elements > 0:
+            moving.append((batch, running_mean, running_var))
     if counters:
         torch._foreach_add_(counters, 1)
-    moving = [
-        b
-        for b in batches
-        if b.bn.running_mean is not None and b.bn.running_var is not None and b.elements > 0
-    ]
     if not moving:
         return
-    # A batch of one element has no unbiased variance; no op takes one in training.
-    variances = torch._foreach_mul(
-        [b.var for b in moving], [b.elements / (b.elements - 1) for b in moving]
+    # One element has no unbiased variance; in training no op takes it.
+    unbiased = torch._foreach_mul(
+        [batch.var for batch, _, _ in moving],
+        [batch.elements / (batch.elements - 1) for batch, _, _ in moving],
     )
+    moves = [(batch.bn, running_mean, batch.mean) for batch, running_mean, _ in moving]
+    moves += [
+        (batch.bn, running_var, var)
+        for (batch, _, running_var), var in zip(moving, unbiased, strict=True)
+    ]
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for (bn, mean, _, _), var in zip(moving, variances, strict=True):
-        for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
-            assert running is not None
-            if bn.momentum is None or running.dtype != batch.dtype:
-                _move(running, batch, _momentum(bn, batch.dtype))
-            else:
-                buffers, values = together.setdefault(bn.momentum, ([], []))
-                buffers.append(running)
-                values.append(batch)
-    for momentum, (buffers, values) in together.items():
-        torch._foreach_lerp_(buffers, values, momentum)
+    for bn, running, value in moves:
+        if bn.momentum is None or running.dtype != value.dtype:
+            _move(running, value, _momentum(bn, value.dtype))
+        else:
+            averages, values = together.setdefault(bn.momentum, ([], []))
+            averages.append(running)
+            values.append(value)
+    for momentum, (averages, values) in together.items():
+        torch._foreach_lerp_(averages, values, momentum)
 
 
 def _momentum(bn: nn.BatchNorm2d, dtype: torch.dtype) -> float | Tensor:

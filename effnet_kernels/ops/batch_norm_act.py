@@ -295,21 +295,27 @@ def affine_out(backend: str, bn: BatchNorm, scale: Tensor, shift: Tensor) -> Non
         scale: (C,), float32 or float64; written, like the one that follows.
         shift: (C,).
     """
-    mean, var, weight, bias, eps = bn
+    *vectors, eps = bn
+    mean, var, weight, bias = (_of_dtype(t, scale.dtype) for t in vectors)
+    assert mean is not None and var is not None
     standardise_out(backend, torch.ones_like(scale) if weight is None else weight, var, eps, scale)
-    mean = mean.to(scale.dtype)
     if bias is None:
         torch.mul(mean, scale, out=shift).neg_()
     else:
-        torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1, out=shift)
+        torch.addcmul(bias, mean, scale, value=-1, out=shift)
+
+
+def _of_dtype(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``vector.to(dtype)``, which takes longer where there is nothing to do."""
+    return vector if vector is None or vector.dtype == dtype else vector.to(dtype)
 
 
 def standardise_out(backend: str, values: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
     """``out = values / sqrt(var + eps)``, (C,) each, in one launch: that of BN's derivative at a
-    single pixel. ``out`` may be ``values``.
+    single pixel. All are of one dtype, float32 or float64; ``out`` may be ``values``.
     """
-    image, result = (t.to(out.dtype).view(1, -1, 1, 1) for t in (values, out))
-    var = var.to(out.dtype)
+    result = out.view(1, -1, 1, 1)
+    image = result if values is out else values.view(1, -1, 1, 1)
     backends.kernel(backend, "batch_norm_act_backward_out")(
         image, image, var, var, None, None, eps, int(Activation.identity), None, None, None, None,
         False, result,

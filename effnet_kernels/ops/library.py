@@ -49,13 +49,15 @@ class Op:
         self.overload = overload
         self._direct = direct
         self._devices = backends.KERNEL_BACKENDS[backend].devices
-        self._derivative: type[torch.autograd.Function] | None = None
+        self._apply: Any = None
 
     def differentiate(
         self, backward: Callable[..., Any], setup_context: Callable[..., Any]
     ) -> None:
         """Gives it its derivative, as ``differentiable`` has it, for a known backend."""
-        self._derivative = _derivative(self.overload._opname, self._direct, backward, setup_context)
+        derivative = _derivative(self.overload._opname, self._direct, backward, setup_context)
+        # Not Function.apply itself, which looks at each argument for functorch's sake.
+        self._apply = super(torch.autograd.Function, derivative).apply  # type: ignore[misc]
 
     def __call__(self, *arguments: Any) -> Any:
         """The op's results."""
@@ -67,8 +69,7 @@ class Op:
         ):
             return self.overload(*arguments)
         if torch.is_grad_enabled() and _require_grad(arguments):
-            assert self._derivative is not None
-            return self._derivative.apply(*arguments)
+            return self._apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self._direct(*arguments)
 

@@ -254,11 +254,19 @@ def reference(
 
 def to_autocast(low: torch.dtype, *convs: ConvBn | None) -> tuple[Any, ...]:
     """``convs`` with their weights in ``low``; what is no ``ConvBn`` stays for the checks."""
+    has_weight = [isinstance(c, ConvBn) and isinstance(c.weight, Tensor) for c in convs]
+    weights = [c.weight for c, has in zip(convs, has_weight, strict=True) if c is not None and has]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        cast = [weight.to(low) for weight in weights]
+    elif all(weight.dtype == low for weight in weights):
+        return convs
+    else:  # in one launch
+        cast = [torch.empty_like(weight, dtype=low) for weight in weights]
+        torch._foreach_copy_(cast, weights)
+    left = iter(cast)
     return tuple(
-        conv._replace(weight=conv.weight.to(low))
-        if isinstance(conv, ConvBn) and isinstance(conv.weight, Tensor)
-        else conv
-        for conv in convs
+        c._replace(weight=next(left)) if c is not None and has else c
+        for c, has in zip(convs, has_weight, strict=True)
     )
 
 
@@ -279,7 +287,7 @@ class CheckedBlock(NamedTuple):
 
 
 _CHECKED: dict[Any, tuple[Any, CheckedBlock]] = {}
-_MOST_CHECKED = 4096
+_MOST_CHECKED = 1024
 
 
 def check_block(
@@ -349,19 +357,20 @@ def _properties(
     residual: bool,
 ) -> list[Any]:
     """All of the arguments that their being right depends on."""
-    found: list[Any] = [input.shape, input.dtype, input.device, stride.__class__, stride, padding]
-    found.append(residual)
-    for group, tensors in ((expand, 5), (depthwise, 5), (squeeze_excite, 4), (project, 5)):
-        found.append(group.__class__)
-        if group is None:
-            continue
-        for t in group[:tensors]:
-            if t is None:
-                found.append(None)
-            else:
-                found += (t.shape, t.dtype, t.device, t.is_contiguous())  # type: ignore[union-attr]
-        found += group[tensors:]
-    return found
+    groups = (expand, depthwise, squeeze_excite, project)
+    given = [group for group in groups if group is not None]
+    tensors: list[Any] = []
+    for group in given:
+        tensors += group[: 4 if group is squeeze_excite else 5]
+    return [
+        input.shape, input.dtype, input.device, stride.__class__, stride, padding, residual,
+        *map(type, groups),
+        *(group[-2:] for group in given),
+        *[
+            None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous())
+            for t in tensors
+        ],
+    ]  # fmt: skip
 
 
 def _check_block(
@@ -551,10 +560,8 @@ def _inference(
     depthwise = library.empty_image(input, channels, out_h, out_w)
     pooled = gate = None
     if reduce_weight is not None:
-        pooled, gate = (
-            torch.empty((n, channels), dtype=checks.accumulator(input), device=input.device)
-            for _ in range(2)
-        )
+        pooled = input.new_empty((n, channels), dtype=checks.accumulator(input))
+        gate = torch.empty_like(pooled)
     expansion = (
         expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps,
         expand_activation,

@@ -311,7 +311,11 @@ def _low_sizes(input: Tensor, weights: Sequence[Tensor | None]) -> list[int]:
     given = [weight for weight in weights if weight is not None]
     if all(weight.dtype == input.dtype for weight in given):
         return []
-    return [-(-weight.numel() // _ALIGNMENT) * _ALIGNMENT for weight in given]
+    return [_aligned(weight.numel()) for weight in given]
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
 
 def _low_matrices(low: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -329,7 +333,7 @@ def _low_matrices(low: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor 
         rows, elements = weight.shape[0], weight.numel()
         columns = elements // rows
         parts.append(low.as_strided((rows, columns), (columns, 1), offset))
-        offset += -(-elements // _ALIGNMENT) * _ALIGNMENT
+        offset += _aligned(elements)
     return parts
 
 
@@ -596,7 +600,8 @@ def _backward(
         del grad_scaled, depthwise
         # expand and its BN, whose d scale was taken around zero and is wanted around the mean
         grad_scale.addcmul_(means[0], grad_shift, value=-1)
-        standardise_out(backend, grad_scale, variances[0], expand_eps, grad_scale)
+        var = variances[0].to(grad_scale.dtype)
+        standardise_out(backend, grad_scale, var, expand_eps, grad_scale)
         if training:
             kernel(
                 "batch_norm_act_backward_out", grad_expanded, expanded, *bn, _IDENTITY, None, None,
