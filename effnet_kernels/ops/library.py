@@ -96,7 +96,8 @@ def _require_grad(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
-_REGISTERED: dict[str, dict[str, Op]] = {}
+OPS: dict[str, dict[str, Any]] = {}
+"""All of them by name, then by backend."""
 
 
 def register(
@@ -138,7 +139,7 @@ def register(
         backends.TRITON.name: getattr(torch.ops.effnet_kernels_triton, name).default,
     }
     ops = {name: Op(overload, name, run[name]) for name, overload in overloads.items()}
-    _REGISTERED[name] = ops
+    OPS[name] = ops
     return ops
 
 
@@ -158,7 +159,7 @@ def differentiable(
     """
     for library, backend in ((_COMPILED, backends.CUDA), (_TRITON, backends.TRITON)):
         _register_autograd(library, name, partial(backward, backend.name), setup_context)
-    for backend_name, op in _REGISTERED[name].items():
+    for backend_name, op in OPS[name].items():
         op.differentiate(partial(backward, backend_name), setup_context)
 
 

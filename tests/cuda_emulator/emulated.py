@@ -48,6 +48,7 @@ from ops.test_squeeze_excite import test_gate_is_the_gate as check_gate
 
 from effnet_kernels import backends
 from effnet_kernels.activations import Activation
+from effnet_kernels.ops import library
 from effnet_kernels.ops.mbconv_cost import fuse_expand
 
 op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
@@ -76,6 +77,8 @@ for _name, _implementation in (
     _ON_CPU.impl(
         _name, functools.partial(_implementation, backends.CUDA.name), "CPU", allow_override=True
     )
+    # All calls go through the dispatcher, whose implementation that now is.
+    library.OPS[_name][backends.CPU.name] = getattr(torch.ops.effnet_kernels, _name).default
 
 
 @pytest.fixture(params=[1, 132], ids="multiprocessors{}".format)
