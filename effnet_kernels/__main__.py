@@ -82,10 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
-    tune = commands.add_parser(
-        "tune", help="find the fastest tiles of the Triton kernels on this GPU", add_help=False
-    )
-    tune.add_argument("options", nargs=argparse.REMAINDER)
+    tune = commands.add_parser("tune", help="find the fastest tiles of Triton kernels on this GPU")
+    tune.add_argument(
+        "--models", nargs="+", default=["efficientnet_b0"], metavar="MODEL",
+        help="whose 1x1 convolutions: of those that bench kernels --help lists (default: "
+        "efficientnet_b0)",
+    )  # fmt: skip
+    tune.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N")
+    tune.add_argument("--jobs", type=int, default=8, metavar="N", help="compilers (default: 8)")
+    tune.add_argument("--out", metavar="FILE", help="default: the GPU's table in the package")
+    tune.add_argument("--share", nargs=2, type=int, help=argparse.SUPPRESS)
     tune.set_defaults(run=_tune)
     return parser
 
@@ -217,11 +223,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    from effnet_kernels.bench import shapes
+
+    unknown = [model for model in arguments.models if model not in shapes.MODELS]
+    if unknown:
+        raise CommandError(f"--models: got {unknown[0]!r}, expected some of {[*shapes.MODELS]}")
+    reason = backends.TRITON.missing
+    if reason is not None or not torch.cuda.is_available():
+        raise CommandError(f"tune needs an NVIDIA GPU and Triton: {reason or 'no GPU'}")
     from effnet_kernels.bench import tune
 
-    parser = argparse.ArgumentParser("effnet-kernels tune", description=tune.__doc__)
-    tune.add_arguments(parser)
-    return tune.run(parser.parse_args(arguments.options))
+    return tune.run(
+        arguments.models, arguments.batch, arguments.jobs, arguments.out, arguments.share
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from effnet_kernels.bench import (
     environment,
     mbconv,
     models,
+    peers,
     pointwise_conv_bn_act,
     report,
     squeeze_excite,
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--only", nargs="+", metavar="CONTENDER",
-        help=f"of {', '.join(suite.PEERS)} and our backends (cpu, cuda, triton"
+        help=f"of {', '.join(suite.PEERS)} and our backends (cpu, cuda, triton, auto"
         f"{'; cpu+compile ...' if suite is models else ''}); eager always runs (default: all that "
         "can run, without compile-max, which tunes for minutes)",
     )  # fmt: skip
@@ -173,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _contenders(suite: Any, device: torch.device) -> list[str]:
     """All that may be asked for on ``device``."""
     names = [*suite.PEERS]
-    backends = ["cpu"] if device.type == "cpu" else ["cuda", "triton"]
+    backends = ["cpu"] if device.type == "cpu" else ["cuda", "triton", peers.AUTO]
     names += backends
     if suite is models:
         names += [f"{backend}+compile" for backend in backends]

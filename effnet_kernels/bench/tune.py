@@ -7,7 +7,6 @@ and leave what they compiled in Triton's cache.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -121,40 +120,35 @@ def fastest(key: tiles.Problem, problem: Any) -> tuple[tiles.Tile, float, int]:
     return tile, long[tile], len(brief)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``effnet-kernels tune``."""
-    parser.add_argument(
-        "--models", nargs="+", choices=shapes.MODELS, default=["efficientnet_b0"], metavar="MODEL",
-        help=f"of {', '.join(shapes.MODELS)} (default: efficientnet_b0)",
-    )  # fmt: skip
-    parser.add_argument("--batch", nargs="+", type=int, default=[256], help="default: 256")
-    parser.add_argument("--jobs", type=int, default=8, help="compilers (default: 8)")
-    parser.add_argument(
-        "--out", type=Path, help="the table (default: that of this GPU in the package)"
-    )
-    parser.add_argument("--share", nargs=2, type=int, help=argparse.SUPPRESS)
+def run(
+    models: list[str], batches: list[int], jobs: int, out: str | None,
+    share: tuple[int, int] | None,
+) -> int:  # fmt: skip
+    """Tunes bfloat16, and updates the table; what it says of other problems stays.
 
+    Args:
+        models: keys of ``shapes.MODELS``.
+        batches: images at a time.
+        jobs: processes that compile.
+        out: the table; that of this GPU in the package unless given.
+        share: compile only, this share of so many.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Tunes bfloat16, and updates the table; what it says of other problems stays."""
-    if backends.TRITON.missing is not None or not torch.cuda.is_available():
-        print(f"tune needs an NVIDIA GPU and Triton: {backends.TRITON.missing or 'no GPU'}")
-        return 2
-    wanted = problems(arguments.models, arguments.batch, torch.bfloat16)
-    if arguments.share:
-        compile_share(wanted, *arguments.share)
+    Returns:
+        An exit status.
+    """
+    wanted = problems(models, batches, torch.bfloat16)
+    if share is not None:
+        compile_share(wanted, *share)
         return 0
-    command = [sys.executable, "-m", "effnet_kernels", "tune", "--models", *arguments.models]
-    command += ["--batch", *map(str, arguments.batch), "--share"]
-    shares = [
-        subprocess.Popen([*command, str(i), str(arguments.jobs)]) for i in range(arguments.jobs)
-    ]
+    command = [sys.executable, "-m", "effnet_kernels", "tune", "--models", *models]
+    command += ["--batch", *map(str, batches), "--share"]
+    shares = [subprocess.Popen([*command, str(i), str(jobs)]) for i in range(jobs)]
     if any([share.wait() != 0 for share in shares]):
         print("a compiler failed; see above")
         return 1
 
     name = tiles.architecture(torch.empty(0, device="cuda"))
-    path = arguments.out or tiles.FOLDER / f"{name}.json"
+    path = Path(out) if out else tiles.FOLDER / f"{name}.json"
     entries: dict[tiles.Problem, dict[str, Any]] = {}
     if path.exists():
         for entry in json.loads(path.read_text())["pointwise_conv_bn_act"]:

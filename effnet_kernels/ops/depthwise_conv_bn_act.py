@@ -346,8 +346,8 @@ def check_stride(stride: int | Sequence[int]) -> int:
 def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None:
     """The backend that measured faster than the first one that takes a call, or None.
 
-    From ``benchmarks/results/nvidia-h200`` (16-bit, no prologue): Triton's kernels with stride 2,
-    and in inference alone on the smallest images; the CUDA kernels in all else.
+    From ``benchmarks/results/nvidia-h200/earlier`` (16-bit, no prologue): Triton's kernels in
+    inference with stride 2 and on the smallest images; the CUDA kernels in all else.
 
     Args:
         input: (N, C, H, W).
@@ -355,14 +355,14 @@ def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None
         stride: 1 or 2.
         grad: gradients are wanted.
     """
-    if input.device.type != "cuda" or input.dtype not in (torch.float16, torch.bfloat16):
+    if grad or input.device.type != "cuda" or input.dtype not in (torch.float16, torch.bfloat16):
         return None
     # Launching Triton's kernels takes the host longer, which shows where they are short.
     if input.numel() < 1 << 22:
         return None
     width = input.shape[3]
     small = width <= 7 or (k == 3 and width <= 14)
-    return backends.TRITON.name if stride == 2 or (small and not grad) else None
+    return backends.TRITON.name if stride == 2 or small else None
 
 
 def check_padding(

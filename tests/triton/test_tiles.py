@@ -81,9 +81,24 @@ def test_committed_tables() -> None:
         assert tiles._table(path.stem)
 
 
-def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, where there is none."""
-    if torch.cuda.is_available():
-        pytest.skip("would run")
-    assert main(["tune"]) == 2
-    assert capsys.readouterr().out.startswith("tune needs an NVIDIA GPU and Triton: ")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--models", "efficientnet_b0", "--jobs", "2"], "needs an NVIDIA GPU and Triton"),
+        (["--models", "efficientnet_b9"], "--models: got 'efficientnet_b9'"),
+    ],
+)
+def test_tune_says_what_it_needs(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and a status."""
+    assert main(["tune", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_problems() -> None:
+    """Every product of a model, at every batch size."""
+    one, two = (tune.problems(["efficientnet_b0"], n, torch.bfloat16) for n in ([256], [256, 1]))
+    assert len(one) == 19
+    assert len(two) == 38
