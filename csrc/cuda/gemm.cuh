@@ -186,17 +186,34 @@ EFFNET_DEVICE void multiply_tiles(float (&acc)[kRowFragments][kColumnFragments][
   }
 }
 
+// Waits until at most `pending` of the thread's last groups of copies are on their way.
+EFFNET_DEVICE void wait_for_copies(int pending) {
+  switch (pending) {
+    case 0:
+      return wait_for_copy_groups<0>();
+    case 1:
+      return wait_for_copy_groups<1>();
+    case 2:
+      return wait_for_copy_groups<2>();
+    case 3:
+      return wait_for_copy_groups<3>();
+    default:
+      return wait_for_copy_groups<4>();
+  }
+}
+
 // Walks a block through its chunks, `stages` of them in shared memory (two or more, one if there is
 // but one chunk): the next ones are on their way while one is multiplied.
 //   load(chunk, stage)      starts to copy a chunk to a stage
 //   arrived(chunk, stage)   the thread's own copies of it are there
 //   multiply(chunk, stage)  the copies of all threads are
 // One barrier a chunk. Ends without one: others may still read the last stage.
-constexpr int kMostStages = 3;
+constexpr int kMostStages = 6;
 
 template <class Load, class Arrived, class Multiply>
 EFFNET_DEVICE void for_chunks(int chunks, int stages, const Load& load, const Arrived& arrived,
                               const Multiply& multiply) {
+  static_assert(kMostStages - 2 <= 4, "as many groups as wait_for_copies knows");
   const int ahead = max(stages - 1, 1);
   for (int chunk = 0; chunk < ahead; ++chunk) {
     if (chunk < chunks) load(chunk, chunk);
@@ -205,12 +222,7 @@ EFFNET_DEVICE void for_chunks(int chunks, int stages, const Load& load, const Ar
   int stage = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    static_assert(kMostStages == 3, "one or no group of copies may be pending");
-    if (ahead == 2) {
-      wait_for_copy_groups<1>();
-    } else {
-      wait_for_copy_groups<0>();
-    }
+    wait_for_copies(ahead - 1);
     arrived(chunk, stage);
     __syncthreads();
     // The stage of the chunk before, which every thread is done with.

@@ -31,6 +31,7 @@ namespace effnet::cuda {
 constexpr int kExpandWarps = 8;
 constexpr int kExpandThreads = 32 * kExpandWarps;
 constexpr int kPassRows = kExpandWarps * kFragmentRows;
+constexpr int kExpandStages = 3;  // at most
 // From pixel to pixel of the expanded tile: the eight rows of pixels that a warp writes a fragment
 // to are on different banks.
 constexpr int kExpandedPitch = kTileRowBytes + 16;

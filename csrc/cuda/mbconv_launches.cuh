@@ -86,7 +86,7 @@ ExpandTiling expand_tiling(const Device& device, const ExpandDepthwise& a, int r
           least = cost;
           best = t;
           // More stages where they cost nothing.
-          best.stages = std::min(passes * chunks, kMostStages);
+          best.stages = std::min(passes * chunks, kExpandStages);
           if (!fill_layout<Sizes>(best, chunks, products, most)) best = t;
         }
       }

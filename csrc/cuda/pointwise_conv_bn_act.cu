@@ -21,12 +21,18 @@ using SmallSizes = PointwiseSizes<16, 4, 1, sizeof(T) == 2 ? 6 : 4>;
 using WideSizes = PointwiseSizes<32, 4, 2, 2>;
 
 constexpr int kMostRows = 1 << 30;  // that a kernel counts in an int
+constexpr int kMostGates = 6144;    // that a block keeps
 
 template <class T, class Sizes>
 struct Candidate {
   PointwiseTiling tiling{};
   int64_t groups, blocks;
   double cost;
+
+  int shared_bytes(const PointwiseInference& a) const {
+    return Sizes::shared_bytes(tiling.stages) +
+           tiling.gate_images * a.in_channels * static_cast<int>(sizeof(float));
+  }
 
   Candidate(const Device& device, const PointwiseInference& a) {
     const bool grouped = a.pooled != nullptr || a.pixels > kMostRows;
@@ -50,12 +56,22 @@ struct Candidate {
     cost = static_cast<double>(ceil_div(blocks, device.multiprocessors())) *
            (Sizes::kRows * tiling.columns + 24 * (Sizes::kRows + tiling.columns));
 
-    // As many stages as there is room for, less than two only for a single chunk.
+    if (a.gate != nullptr) {
+      const int64_t images =
+          grouped
+              ? 1
+              : std::min<int64_t>(a.batch, (Sizes::kRows - 1) / std::max<int64_t>(a.pixels, 1) + 2);
+      const bool kept = images * a.in_channels <= kMostGates;
+      tiling.gate_images = kept ? static_cast<int>(images) : 0;
+    }
+    // As many stages as there is room for beside as many other blocks as there are, less than two
+    // only for a single chunk.
     const int chunks = static_cast<int>(ceil_div(a.in_channels, kTileDepth<T>));
-    for (int resident = Sizes::kBlocks; resident > 0; --resident) {
+    const int64_t beside = ceil_div(blocks, device.multiprocessors());
+    for (int64_t resident = std::min<int64_t>(Sizes::kBlocks, beside); resident > 0; --resident) {
       tiling.stages = std::min(chunks, kMostStages);
       const auto fits = [&] {
-        return Sizes::shared_bytes(tiling.stages) <= device.shared_bytes(resident);
+        return shared_bytes(a) <= device.shared_bytes(static_cast<int>(resident));
       };
       while (tiling.stages > std::min(chunks, 2) && !fits()) --tiling.stages;
       if (fits()) break;
@@ -68,8 +84,8 @@ void launch(const Device& device, const PointwiseInference& a, const Candidate<T
             const Tensor& like) {
   const ImageSums pooled(like, static_cast<float*>(a.pooled), a.batch, c.tiling.row_tiles,
                          a.out_channels);
-  device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads,
-                Sizes::shared_bytes(c.tiling.stages), a, c.tiling, pooled.data());
+  device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads, c.shared_bytes(a), a,
+                c.tiling, pooled.data());
   pooled.add_up(device);
 }
 

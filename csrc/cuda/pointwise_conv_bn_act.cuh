@@ -9,10 +9,11 @@
 //     weight, kColumns rows --------------+            BN, activation, residual, sums
 //
 // A thread applies prologue and gate to the vectors that it copied itself, as soon as they are
-// there: one barrier a chunk serves both. A warp owns 16 or 32 rows by up to 64 columns; it sends
-// 16 rows at a time through shared memory, where nobody else's are, and a lane then has 8
-// neighbouring features of a pixel, always the same ones: their BN stays in registers, their sums
-// too, and memory is read and written in 16-byte vectors.
+// there: one barrier a chunk serves both. The gates of a tile's images wait in shared memory, where
+// they fit: a load from L2 in each chunk would take longer than its products. A warp owns 16 or 32
+// rows by up to 64 columns; it sends 16 rows at a time through shared memory, where nobody else's
+// are, and a lane then has 8 neighbouring features of a pixel, always the same ones: their BN stays
+// in registers, their sums too, and memory is read and written in 16-byte vectors.
 //
 // Tiles of the same rows follow each other in the grid, so that x comes from DRAM once and from the
 // L2 cache after that; the weights stay there. Traffic: x read once, output written once, residual
@@ -69,6 +70,7 @@ struct PointwiseTiling {
   int warp_columns;  // the same of a warp
   int stages;
   int gate_rows;        // of an image, or more than a tile has where that is in one image
+  int gate_images;      // whose gates a block keeps in shared memory; 0: they are read from L2
   bool vectors;         // x, weight and what applies to x's channels can be read in 16 bytes
   bool output_vectors;  // output and residual, 8 elements at a time
 };
@@ -102,7 +104,8 @@ struct PointwisePlace {
 // pooled[group, row tile, k] = the sums of the tile's outputs before they are rounded, if not null,
 // with z = prologue_activation(input * scale + shift) * gate[image, c], rounded to T once.
 //
-// Shared memory: PointwiseSizes::shared_bytes. Its stages hold a chunk of x and then of the weight.
+// Shared memory: PointwiseSizes::shared_bytes, then gate_images x C floats. Its stages hold a chunk
+// of x and then of the weight.
 template <class T, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     pointwise_conv_kernel(const __grid_constant__ PointwiseInference a,
@@ -149,8 +152,18 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     const int64_t rest = place.first_row - first_image * a.pixels;
     row_in_image = tiling.gate_rows == a.pixels ? static_cast<int>(rest) : 0;
   }
+  float* const kept_gates =
+      shared_floats() + Sizes::shared_bytes(tiling.stages) / static_cast<int>(sizeof(float));
   const auto arrived = [&](int chunk, int stage) {
     if (scale == nullptr && a.gate == nullptr) return;
+    if (chunk == 0 && tiling.gate_images > 0) {
+      // While the first chunks are on their way.
+      const float* const gates = static_cast<const float*>(a.gate) + first_image * channels;
+      const int64_t left = (a.batch - first_image) * channels;
+      const int count = static_cast<int>(min(left, int64_t{tiling.gate_images} * channels));
+      for (int i = threadIdx.x; i < count; i += Sizes::kThreads) kept_gates[i] = gates[i];
+      __syncthreads();
+    }
     char* const tile = shared + stage * Sizes::kStageBytes;
     // As copy_tile has them, so that each thread finds its own.
     const int vectors = tile_vectors<T>(channels - chunk * kTileDepth<T>);
@@ -160,9 +173,10 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
       if (left <= 0) return;
       const float* gate = nullptr;
       if (a.gate != nullptr) {
-        const int64_t image =
-            first_image + static_cast<unsigned>(row_in_image + row) / tiling.gate_rows;
-        gate = static_cast<const float*>(a.gate) + image * channels;
+        const int image = static_cast<unsigned>(row_in_image + row) / tiling.gate_rows;
+        gate = tiling.gate_images > 0
+                   ? kept_gates + image * channels
+                   : static_cast<const float*>(a.gate) + (first_image + image) * channels;
       }
       T* const vector = reinterpret_cast<T*>(tile + offset);
       // Four channels at a time, since the accumulators leave few registers.
