@@ -227,8 +227,8 @@ _LARGE = 1 << 22
 def fastest_kernel(backend: str, name: str, input: Tensor) -> Callable[..., None]:
     """``kernel(backend, name)``, or Triton's for ``cuda`` where that measured faster.
 
-    From ``benchmarks/results/nvidia-h200/earlier``: matrix products and the gate, in inference on large
-    tensors (``input`` decides). Where ``cuda`` is demanded, it is CUDA C++ all through.
+    From ``benchmarks/results/nvidia-h200/earlier``: matrix products and the gate, in inference on
+    large tensors (``input`` decides). Where ``cuda`` is demanded, it is CUDA C++ all through.
     """
     triton = (
         backend == CUDA.name

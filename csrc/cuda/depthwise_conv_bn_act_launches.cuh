@@ -1,6 +1,7 @@
 // The launches of the depthwise op on one storage type: choice of the kernel's instantiation,
-// cutting into blocks, workspaces. The kernels are in depthwise_conv_mma.cuh and
-// depthwise_conv_bn_act.cuh; what is element by element is batch_norm_act.h's.
+// cutting into blocks, workspaces. The kernels are in depthwise_conv_forward.cuh,
+// depthwise_conv_backward.cuh and depthwise_conv_mma_backward.cuh; what is element by element is
+// batch_norm_act.h's.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,10 +11,9 @@
 #include <type_traits>
 
 #include "batch_norm_act.h"
-#include "depthwise_conv_bn_act.cuh"
+#include "depthwise_conv_backward.cuh"
 #include "depthwise_conv_bn_act.h"
 #include "depthwise_conv_forward.cuh"
-#include "depthwise_conv_mma.cuh"
 #include "depthwise_conv_mma_backward.cuh"
 #include "row_launches.cuh"
 
@@ -37,7 +37,7 @@ DepthwiseTiling depthwise_tiling(const Device& device, int64_t batch, int channe
   tiling.patches = static_cast<int>(ceil_div(patches, tiling.bands));
 
   const int64_t wave = std::max<int64_t>(
-      1, int64_t{device.multiprocessors()} * kResidentThreads / (tiling.patches * Sizes::kLanes));
+      1, int64_t{device.multiprocessors()} * kResidentThreads / (tiling.patches * kBlockChannels));
   const int64_t per_image = int64_t{tiling.channel_blocks} * tiling.bands;
   const int64_t most = ceil_div(rows, Sizes::kPatchH);
   const int64_t wanted = std::min(most, ceil_div(wave, batch * per_image));
@@ -265,20 +265,19 @@ struct Backward {
     } else {
       using Sizes = BackwardSizes<T, V, K, S>;
       device.launch(depthwise_conv_backward_kernel<T, V, K, S>, blocks,
-                    b.tiling.patches * Sizes::kLanes, Sizes::shared_bytes(b.tiling.patches), b);
+                    b.tiling.patches * kBlockChannels, Sizes::shared_bytes(b.tiling.patches), b);
     }
   }
 };
 
-// Calls body(Kernel{}, tiling) for Kernel<T, V, K, S>, or for Kernel<T, 1, K, S> where that does
-// not fit the device.
-template <template <class, int, int, int> class Kernel, class T, int V, int K, int S, class Body>
-void for_kernel(const Device& device, const DepthwiseShape& s, const Body& body) {
-  const auto tiling = Kernel<T, V, K, S>::tiling(device, s);
-  if (Kernel<T, V, K, S>::fits(tiling)) {
-    body(Kernel<T, V, K, S>{}, tiling);
+// Calls body(Backward<T, V, K, S>{}, tiling), or with V = 1 where that does not fit the device.
+template <class T, int V, int K, int S, class Body>
+void for_backward(const Device& device, const DepthwiseShape& s, const Body& body) {
+  const auto tiling = Backward<T, V, K, S>::tiling(device, s);
+  if (Backward<T, V, K, S>::fits(tiling)) {
+    body(Backward<T, V, K, S>{}, tiling);
   } else {
-    body(Kernel<T, 1, K, S>{}, Kernel<T, 1, K, S>::tiling(device, s));
+    body(Backward<T, 1, K, S>{}, Backward<T, 1, K, S>::tiling(device, s));
   }
 }
 
@@ -294,20 +293,27 @@ void fill_batch_norm_act(BatchNormAct& to, const Arguments& a, const void* conv)
   to.activation = a.activation;
 }
 
+// What the forward kernel is given for inference and training alike.
+template <class T, class Arguments>
+ForwardArguments<T> forward_arguments(const Arguments& a, const StripTiling& tiling, void* output) {
+  ForwardArguments<T> f{};
+  f.shape = a.shape;
+  f.tiling = tiling;
+  f.input = static_cast<const T*>(a.input);
+  f.weight = static_cast<const T*>(a.weight);
+  f.prologue = a.prologue;
+  f.output = static_cast<T*>(output);
+  return f;
+}
+
 template <class T>
 void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& like) {
   const Device device(like);
   const DepthwiseShape& s = a.shape;
   for_forward<T>(s, {a.input, a.output}, [&](auto kernel) {
-    ForwardArguments<T> f{};
-    f.shape = s;
-    f.tiling = kernel.tiling(device, s);
-    f.input = static_cast<const T*>(a.input);
-    f.weight = static_cast<const T*>(a.weight);
-    f.prologue = a.prologue;
+    auto f = forward_arguments<T>(a, kernel.tiling(device, s), a.output);
     f.bn = a.bn;
     f.activation = a.activation;
-    f.output = static_cast<T*>(a.output);
     const int64_t parts = int64_t{f.tiling.segments} * f.tiling.strips;
     const ImageSums pooled(like, static_cast<float*>(a.pooled), s.batch, parts, s.channels);
     f.pooled = pooled.data();
@@ -321,13 +327,7 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
   const Device device(like);
   const DepthwiseShape& s = a.shape;
   for_forward<T>(s, {a.input, a.conv}, [&](auto kernel) {
-    ForwardArguments<T> f{};
-    f.shape = s;
-    f.tiling = kernel.tiling(device, s);
-    f.input = static_cast<const T*>(a.input);
-    f.weight = static_cast<const T*>(a.weight);
-    f.prologue = a.prologue;
-    f.output = static_cast<T*>(a.conv);
+    auto f = forward_arguments<T>(a, kernel.tiling(device, s), a.conv);
     const int64_t slots = int64_t{f.tiling.unit_blocks} * f.tiling.segments;
     OptionalTensor partial;
     if (a.batch_stats) {
@@ -368,7 +368,7 @@ void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& li
     constexpr int V = vector();
     for_window(s, [&](auto kernel, auto step) {
       constexpr int K = kernel(), S = step();
-      for_kernel<Backward, T, V, K, S>(device, s, [&](auto launch, const auto& tiling) {
+      for_backward<T, V, K, S>(device, s, [&](auto launch, const auto& tiling) {
         using Kernel = decltype(launch);
         BackwardArguments<T, typename Kernel::Tiling> b{};
         b.shape = s;

@@ -1,11 +1,11 @@
-// Depthwise convolution of 16-bit NHWC tensors on the tensor cores, with stride 1. (With stride 2 a
-// band reaches 24 inputs for eight outputs, and the kernel of depthwise_conv_bn_act.cuh is as
-// fast.)
+// Depthwise convolution of 16-bit NHWC tensors on the tensor cores, with stride 1: what the kernel
+// of its gradients (depthwise_conv_mma_backward.cuh) is built from. (With stride 2 a band reaches
+// 24 inputs for eight outputs.)
 //
-// One output of a 5 x 5 depthwise convolution is 25 multiply-adds for 4 bytes of traffic, and at
-// the memory bandwidth of an H200 the 128 multiply-adds a cycle of a multiprocessor do not keep up.
-// The tensor cores do, although most of what they multiply is zeros. For one channel c and one row
-// i of its filter, eight neighbouring outputs are a product with a band matrix,
+// The gradients of a 5 x 5 depthwise convolution are 50 multiply-adds a pixel, and at the memory
+// bandwidth of an H200 the 128 multiply-adds a cycle of a multiprocessor do not keep up. The tensor
+// cores do, although most of what they multiply is zeros. For one channel c and one row i of its
+// filter, eight neighbouring outputs are a product with a band matrix,
 //
 //     out[ow] += sum_k  band_i[ow, k] * x[k],      band_i[ow, k] = weight[c, i, k - ow]
 //
@@ -16,10 +16,10 @@
 //     segment: 8 neighbouring outputs of one row of one channel, one row of A and of the result
 //     tile:    16 segments
 //
-// The band matrices are built once a block and stay in registers: of a lane's words of one filter
-// row, no more than one is not zero.
+// The band matrices are built once a block and stay in shared memory: of a lane's words of one
+// filter row, no more than one is not zero.
 //
-// Block. 32 channels, 8 warps of 4 channels each, walk down a band of columns of one image (or of
+// Block. 32 channels, a few for each warp, walk down a band of columns of one image (or of
 // `group_images` small images side by side), `rows` output rows a step. The input rows of a step
 // lie in shared memory, one plane a channel, so that neighbouring columns share a word, as the
 // products need them; NHWC has neighbouring channels there, and staging turns two pixels x 8
@@ -44,16 +44,13 @@
 
 #include <algorithm>
 
-#include "depthwise_conv_bn_act.cuh"
+#include "depthwise_conv_backward.cuh"
 #include "mma.cuh"
 #include "moments.cuh"
 #include "rows.cuh"
 
 namespace effnet::cuda {
 
-// Blocks of the forward kernel on a multiprocessor: what the registers of the band matrices allow.
-template <int K>
-constexpr int kMmaBlocks = K == 7 ? 1 : 2;
 constexpr int kSegmentColumns = 8;
 constexpr int kTileSegments = 16;
 constexpr int kChunkBytes = 16;     // of a row in shared memory: 8 columns
@@ -80,7 +77,7 @@ struct MmaLayout {
   int results, raw, segment_table, constants, place, extra, bytes;
 };
 
-// Where a backward block keeps the pixels of a step themselves, in bytes; in the room behind
+// Where a block keeps the pixels of a step themselves, in bytes; in the room behind
 // MmaLayout::extra.
 struct MmaTile {
   int pairs;   // of columns in a row, all images together
@@ -106,7 +103,7 @@ struct MmaTiling {
 };
 
 // What the kernel size and the number of warps fix.
-template <int K, int kWarps_ = 8>
+template <int K, int kWarps_>
 struct MmaSizes {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
@@ -131,7 +128,6 @@ EFFNET_DEVICE int warp_planes(int warp) {
 struct alignas(16) MmaPlace {
   int64_t pixel;   // the first
   int64_t images;  // from its first one to the last of the batch
-  int64_t pooled;  // forward: element of its first image and channel among the partial sums
   int64_t image;   // the first
   int rows;
   int channel;  // the first
@@ -167,9 +163,9 @@ bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, in
 }
 
 // The filters of the block's channels as words of two taps: [channel][row][1 + tap] is taps `tap`
-// and `tap` + 1, for taps from -1 on, with zeros outside the filter. In shared memory. Flipped: of
-// the filter turned by 180 degrees.
-template <class T, int K, bool kFlipped>
+// and `tap` + 1, for taps from -1 on, with zeros outside the filter. In shared memory. The
+// filter is turned by 180 degrees, as the gradient of the input has it.
+template <class T, int K>
 EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, int first_channel,
                                 int channels) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(weight);
@@ -178,8 +174,7 @@ EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, i
     const uint16_t* filter = bits + static_cast<int64_t>(channel) * K * K;
     const auto tap = [&](int j) -> uint32_t {
       if (j < 0 || j >= K || channel >= channels) return 0;
-      const int index = i / (K + 1) % K * K + j;
-      return filter[kFlipped ? K * K - 1 - index : index];
+      return filter[K * K - 1 - (i / (K + 1) % K * K + j)];
     };
     const int j = i % (K + 1) - 1;
     words[i] = tap(j) | tap(j + 1) << 16;
@@ -189,12 +184,10 @@ EFFNET_DEVICE void fill_filters(uint32_t* words, const T* __restrict__ weight, i
 // The band matrices of a warp's channels. A lane's word of chunk h holds the filter's row i from
 // tap 2q - S r + 8 h on, and of the two or three chunks no more than one reaches the filter: so
 // there is one word a row, and mask[h] is all ones where it belongs to chunk h, else zero. The
-// words stay in registers (kKept) or in shared memory, where registers are short.
-template <class Sizes, int K, bool kKept>
+// words stay in shared memory: registers are short.
+template <class Sizes, int K>
 struct Bands {
-  static constexpr int kWarpChannels = Sizes::kWarpChannels;
   const uint32_t* words;
-  uint32_t word[kWarpChannels][K];
   uint32_t mask[2];
 
   EFFNET_DEVICE Bands(const uint32_t* filters, int warp, int lane) {
@@ -204,18 +197,11 @@ struct Bands {
       mask[h] = first + 8 * h >= -1 && first + 8 * h < K ? 0xffffffffu : 0u;
     }
     if (first < -1) first += 8;
-    words = filters + warp * kWarpChannels * K * (K + 1) + 1 + min(first, K - 1);
-    if constexpr (kKept) {
-#pragma unroll
-      for (int e = 0; e < kWarpChannels; ++e) {
-#pragma unroll
-        for (int i = 0; i < K; ++i) word[e][i] = words[(e * K + i) * (K + 1)];
-      }
-    }
+    words = filters + warp * Sizes::kWarpChannels * K * (K + 1) + 1 + min(first, K - 1);
   }
 
   EFFNET_DEVICE uint32_t operator()(int e, int i, int h) const {
-    return bitwise_and(kKept ? word[e][i] : words[(e * K + i) * (K + 1)], mask[h]);
+    return bitwise_and(words[(e * K + i) * (K + 1)], mask[h]);
   }
 };
 
@@ -223,10 +209,9 @@ struct Bands {
 // segment r + 8, of channel e. `planes` points at this lane's chunk of its segment in the first
 // channel's plane, `first` is the slot of its first row. Channel by channel there are four sums
 // that do not wait for each other.
-template <class T, class Sizes, int K, bool kKept>
-EFFNET_DEVICE void multiply_bands(float (&d)[Sizes::kWarpChannels][4],
-                                  const Bands<Sizes, K, kKept>& bands, const char* planes,
-                                  int first, const MmaLayout& layout) {
+template <class T, class Sizes, int K>
+EFFNET_DEVICE void multiply_bands(float (&d)[Sizes::kWarpChannels][4], const Bands<Sizes, K>& bands,
+                                  const char* planes, int first, const MmaLayout& layout) {
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     int slot = first + i;
@@ -327,12 +312,6 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
     }
   }
 }
-
-// For walks that stage nothing beside their rows.
-struct NothingBeside {
-  EFFNET_DEVICE void load(int, int) const {}
-  EFFNET_DEVICE void store() const {}
-};
 
 // The pixels that a thread stages of tensors with the shape of the convolution's input or output:
 // of a pair of columns and one vector of channels, row by row.
@@ -440,24 +419,6 @@ EFFNET_DEVICE void prologue_words(const Pixels& pixels, const Prologue& prologue
     }
   }
 }
-
-// Reads the convolution's input through the prologue.
-template <class T, class Sizes>
-struct MmaInput : MmaPixels<false> {
-  static constexpr int kTensors = 1;
-
-  const T* input;
-  const Prologue& prologue;
-
-  EFFNET_DEVICE void load(int row, char* raw) const {
-    MmaPixels::load<Sizes::kRawBytes>(input, row, inside(row), raw);
-  }
-
-  EFFNET_DEVICE void words(int row, const char* raw, uint32_t (&word)[kVectorChannels]) const {
-    prologue_words<T>(*this, prologue, 0, inside(row), *reinterpret_cast<const MmaPixel<T>*>(raw),
-                      *reinterpret_cast<const MmaPixel<T>*>(raw + Sizes::kRawBytes), word);
-  }
-};
 
 // What each segment of a step is, down the columns, so that the eight rows of a matrix lie one
 // pitch apart: {offset in bytes from the output's pixel of the group's first image and the step's

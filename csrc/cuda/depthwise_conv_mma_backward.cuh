@@ -186,12 +186,8 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
   const MmaPlace* place = reinterpret_cast<const MmaPlace*>(shared + layout.place);
   if (threadIdx.x == 0) {
     *reinterpret_cast<MmaPlace*>(shared + layout.place) = {
-        (first_n * shape.in_h + first_ih) * shape.in_w + first_iw,
-        shape.batch - first_n,
-        0,
-        first_n,
-        block_rows,
-        block.channel};
+        (first_n * shape.in_h + first_ih) * shape.in_w + first_iw, shape.batch - first_n, first_n,
+        block_rows, block.channel};
   }
   fill_segments(segment_table, tiling, shape.in_h, shape.in_w, first_iw,
                 shape.channels * static_cast<int>(sizeof(T)));
@@ -218,9 +214,9 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
   }
   for (int i = threadIdx.x; i < Sizes::kWarps * 2 * kBlockChannels; i += blockDim.x) sums[i] = 0.f;
   uint32_t* filters = reinterpret_cast<uint32_t*>(tile_planes + tile.filters);
-  fill_filters<T, K, true>(filters, a.weight, block.channel, shape.channels);
+  fill_filters<T, K>(filters, a.weight, block.channel, shape.channels);
   __syncthreads();
-  const Bands<Sizes, K, false> bands(filters, warp, lane);
+  const Bands<Sizes, K> bands(filters, warp, lane);
 
   const int vector = static_cast<int>(threadIdx.x) % kVectors;
   const int vector_channel = block.channel + vector * kVectorChannels;

@@ -3,8 +3,9 @@ registers than ``budget.json`` allows or spills them.
 
 Some kernels live at their limit of registers, and the compiler leaves values that are needed once a
 step in local memory: ``AT_THE_LIMIT`` says which and how many bytes. In the tensor-core kernels no
-loop over pixels or taps touches them. The depthwise forward kernels of 5 x 5 and 7 x 7 taps, and all
-in training, trade them for a third block on a multiprocessor: at most 64 bytes in inference on sm_90.
+loop over pixels or taps touches them. The depthwise forward kernels of 5 x 5 and 7 x 7 taps, and
+all in training, trade them for a third block on a multiprocessor: at most 64 bytes in inference on
+sm_90.
 
 By default for ``USUAL`` alone; with ``--exhaustive`` for all ``ARCHITECTURES``. After a change that
 is meant: ``python tests/cuda/test_nvcc.py`` writes ``budget.json`` anew.

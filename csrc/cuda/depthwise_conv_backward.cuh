@@ -1,4 +1,4 @@
-// Depthwise convolution on dense NHWC tensors, forward and backward.
+// The gradients of a depthwise convolution on dense NHWC tensors.
 //
 // Tile. A thread block takes 32 channels and a band of columns, and walks down the rows of one
 // image after another, kPatchH rows a step:
@@ -11,26 +11,23 @@
 //      +-----+-----+-----+
 //
 // The rows that a step reads lie in shared memory as float32, in a ring of kRows rows of `columns`
-// x 32 channels. Every element is loaded (16 bytes a thread), converted, sent through the prologue
-// or the derivative of BN + activation, and written there once; padding is written as zeros, so
-// that the convolution itself has no bounds to check. While a step is computed, the rows of the
-// next one are on their way in registers.
+// x 32 channels. Every element is loaded (16 bytes a thread), converted, sent through the
+// derivative of BN + activation, and written there once; padding is written as zeros, so that the
+// convolution itself has no bounds to check. While a step is computed, the rows of the next one are
+// on their way in registers.
 //
-// A thread owns a patch and one or two channels (kLaneChannels) of the 32, whose k * k weights it
-// keeps in registers: an element read from shared memory meets up to k * k multiply-adds. This
-// matters because at the memory bandwidth of an H200 a bfloat16 output has 27 instruction slots, of
-// which 5 x 5 taps need 25.
+// A thread owns a patch and one of the 32 channels, whose k * k weights it keeps in registers: an
+// element read from shared memory meets up to k * k multiply-adds of either gradient.
 //
-// The number of instantiations is kept down to storage type x vector width x k x stride for each of
-// the two kernels: what else varies (activation, prologue, pooled sums or statistics) is the same
-// for a whole launch and costs one predicted branch a vector or a patch.
+// The number of instantiations is kept down to storage type x vector width x k x stride: what else
+// varies (activation, prologue) is the same for a whole launch and costs one predicted branch a
+// vector or a patch.
 //
 // Vector width V is 16 bytes' worth of elements. Where C is no multiple of that or a pointer is not
 // aligned, the same templates run with V = 1.
 #pragma once
 
 #include "depthwise_window.cuh"
-#include "moments.cuh"
 #include "vector.cuh"
 
 namespace effnet::cuda {
@@ -38,12 +35,12 @@ namespace effnet::cuda {
 constexpr int kBlockChannels = 32;
 constexpr int kMaxBlockThreads = 128;
 
-// How the work is cut into blocks, the same for both kernels: `rows` and `columns` below are those
-// of the tensor whose patches the threads own. Block index: channel block fastest (neighbours read
+// How the work is cut into blocks: `rows` and `columns` below are those of the tensor whose patches
+// the threads own. Block index: channel block fastest (neighbours read
 // the same pixels), then band, then segment, then chunk of images.
 struct DepthwiseTiling {
   int channel_blocks;
-  int patches;   // in a block, side by side: blockDim.x = patches * kLanes
+  int patches;   // in a block, side by side: blockDim.x = patches * kBlockChannels
   int bands;     // of patches * kPatchW columns
   int segments;  // of segment_rows rows each, a multiple of kPatchH
   int segment_rows;
@@ -74,51 +71,36 @@ struct DepthwiseBlock {
   }
 };
 
-// Sizes that both kernels derive from the patch and the window that a patch reads.
-// kInFlight: registers for vectors on their way, per tensor that is staged.
-template <class T, int V, int kLaneChannels_, int kPatchH_, int kRows_, int kCols_, int kStepRows_,
-          int kStepCols_, int kInFlight>
-struct DepthwiseSizes {
-  static constexpr int kLaneChannels = kLaneChannels_;
-  static constexpr int kLanes = kBlockChannels / kLaneChannels;
-  static constexpr int kPatchH = kPatchH_;
+// What type, vector width, kernel size and stride fix. Patches lie on grad_input, their windows on
+// grad_conv.
+template <class T, int V, int K, int S>
+struct BackwardSizes {
+  static constexpr int kPatchH = 2 * S;
   static constexpr int kPatchPixels = kPatchH * kPatchW;
-  static constexpr int kPatchValues = kPatchPixels * kLaneChannels;
-  static constexpr int kRows = kRows_;          // of the window, and of the ring
-  static constexpr int kCols = kCols_;          // of the window
-  static constexpr int kStepRows = kStepRows_;  // the window moves down by
-  static constexpr int kStepCols = kStepCols_;  // from one patch's window to the next one's
-  static constexpr int kMaxPatches = kMaxBlockThreads / kLanes;
+  static constexpr int kStepRows = 2;            // the window moves down by
+  static constexpr int kStepCols = kPatchW / S;  // from one patch's window to the next one's
+  static constexpr int kRows = (2 * S - 1) / S + (K - 1) / S + 1;  // of the window, and of the ring
+  static constexpr int kCols = (kPatchW - 1) / S + (K - 1) / S + 1;  // of the window
+  static constexpr int kMaxPatches = kMaxBlockThreads / kBlockChannels;
   static constexpr int kVectors = kBlockChannels / V;
-  // Vectors that a thread has in flight: its share of a step for a wide band, in up to kInFlight
-  // registers.
+  static constexpr int kMinBlocks = K == 3 || (K == 5 && S == 1) ? 3 : 2;
+  static constexpr int kConstants = 6 * kBlockChannels;
+  // Vectors that a thread has in flight of each tensor: its share of a step for a wide band, in up
+  // to kInFlight registers.
+  static constexpr int kInFlight = K == 3 ? 16 : 4;
   static constexpr int kBatchWanted =
-      (kStepRows * kStepCols * kVectors * 5 + kLanes * 4 - 1) / (kLanes * 4);
+      (kStepRows * kStepCols * kVectors * 5 + kBlockChannels * 4 - 1) / (kBlockChannels * 4);
   static constexpr int kBatchMost = kInFlight * 4 / (V == 1 ? 4 : 16);
   static constexpr int kBatch = kBatchWanted < kBatchMost ? kBatchWanted : kBatchMost;
 
   static_assert(kStepRows <= kRows, "a step may not outrun the ring");
-  static_assert(V % kLaneChannels == 0, "threads of a block must be a multiple of kVectors");
 
   static EFFNET_INLINE constexpr int columns(int patches) {
     return (patches - 1) * kStepCols + kCols;
   }
+  // Also the room for the weights before the walk and for the sums after it.
   static EFFNET_INLINE constexpr int tile_floats(int patches) {
-    return kRows * columns(patches) * kBlockChannels;
-  }
-};
-
-// Patches of the backward kernel lie on grad_input, its window on grad_conv.
-template <class T, int V, int K, int S>
-struct BackwardSizes
-    : DepthwiseSizes<T, V, 1, 2 * S, (2 * S - 1) / S + (K - 1) / S + 1,
-                     (kPatchW - 1) / S + (K - 1) / S + 1, 2, kPatchW / S, K == 3 ? 16 : 4> {
-  using Base = typename BackwardSizes::DepthwiseSizes;
-  static constexpr int kMinBlocks = K == 3 || (K == 5 && S == 1) ? 3 : 2;
-  static constexpr int kConstants = 6 * kBlockChannels;
-
-  static EFFNET_INLINE constexpr int tile_floats(int patches) {
-    const int tile = Base::tile_floats(patches);
+    const int tile = kRows * columns(patches) * kBlockChannels;
     const int weights = K * K * (kBlockChannels + 1);
     const int sums = K * patches * kBlockChannels;
     const int most = tile > weights ? tile : weights;
@@ -256,12 +238,11 @@ EFFNET_DEVICE void walk_rows(float* tile, int columns, int steps, const Source& 
   }
 }
 
-// The weights of a thread's channels, as float32 in registers. They come through shared memory so
+// The weights of a thread's channel, as float32 in registers. They come through shared memory so
 // that global loads are contiguous; its row pitch of 33 keeps the transposed writes off one bank.
-template <int V, int K, int kLaneChannels, class T>
-EFFNET_DEVICE void load_weights(float (&w)[K * K][kLaneChannels], float* shared,
-                                const T* __restrict__ weight, int first_channel, int channels,
-                                int position) {
+template <int V, int K, class T>
+EFFNET_DEVICE void load_weights(float (&w)[K * K], float* shared, const T* __restrict__ weight,
+                                int first_channel, int channels, int position) {
   constexpr int kTaps = K * K;
   constexpr int kPitch = kBlockChannels + 1;
   const T* block = weight + static_cast<int64_t>(first_channel) * kTaps;
@@ -273,8 +254,7 @@ EFFNET_DEVICE void load_weights(float (&w)[K * K][kLaneChannels], float* shared,
   __syncthreads();
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
-#pragma unroll
-    for (int l = 0; l < kLaneChannels; ++l) w[tap][l] = shared[tap * kPitch + position + l];
+    w[tap] = shared[tap * kPitch + position];
   }
   __syncthreads();
 }
@@ -374,16 +354,16 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
   const DepthwiseShape& shape = a.shape;
   const DepthwiseBlock block(a.tiling);
   const int columns = Sizes::columns(a.tiling.patches);
-  const int position = static_cast<int>(threadIdx.x) % Sizes::kLanes;
-  const int patch = static_cast<int>(threadIdx.x) / Sizes::kLanes;
+  const int position = static_cast<int>(threadIdx.x) % kBlockChannels;
+  const int patch = static_cast<int>(threadIdx.x) / kBlockChannels;
   const int channel = block.channel + channel_at_position<V>(position);
   const bool active = channel < shape.channels;
 
   float* tile = shared_floats();
   float* constants = tile + Sizes::tile_floats(a.tiling.patches);
 
-  float w[K * K][1];
-  load_weights<V, K, 1>(w, tile, a.weight, block.channel, shape.channels, position);
+  float w[K * K];
+  load_weights<V, K>(w, tile, a.weight, block.channel, shape.channels, position);
   float grad_w[K * K] = {};
 
   for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
@@ -521,7 +501,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
               const int j = p - (col - kReach) * S;
               if (j < 0 || j >= K) continue;
               float& sum = dp[r * kPatchW + p];
-              sum = fmaf(dz[col], w[i * K + j][0], sum);
+              sum = fmaf(dz[col], w[i * K + j], sum);
               float& sum_w = grad_w[i * K + j];
               sum_w = fmaf(dz[col], pixel[r * kPatchW + p], sum_w);
             }
