@@ -915,8 +915,8 @@ def _grad_input(
         H, W, OH, OW, C // plan.vector, pad_top, pad_left,
         plan.row_tiles, plan.image_tiles, plan.group_tiles, plan.program_tiles,
         plan.channel_blocks,
-        KERNEL=kernel, STRIDE=stride,
-        PROLOGUE_ACTIVATION=activation_name(prologue_activation, input.dtype),
+        # Not bfloat16's sigmoid, which the compiler has no register for.
+        KERNEL=kernel, STRIDE=stride, PROLOGUE_ACTIVATION=activation_name(prologue_activation),
         VECTOR=plan.vector, INDEX=index_type(max(H * W, OH * OW) * C), ROWS=plan.tile.rows,
         BLOCK_W=plan.tile.width, BLOCK_C=plan.tile.channels,
         num_warps=NUM_WARPS, num_stages=1, maxnreg=REGISTERS,
