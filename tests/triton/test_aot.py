@@ -59,12 +59,10 @@ def test_occupancy_and_spills(architecture: str, compiled: dict[str, Any]) -> No
     """Nothing is spilled, and three programs of four warps fit; two, with 7 x 7 taps' sums, an
     address for every element (of 13 channels) or small images, or one of eight, with a product's.
 
-    Where the compiler may choose, it may keep a pair of registers in memory, outside the innermost
-    loops, for one program more a multiprocessor.
+    Outside the innermost loops, where it costs nothing, a pair of registers may be in memory.
     """
     for kernel, used in compiled[architecture].items():
-        chosen = used["registers"] <= 64 and used["spills_in_loops"] == 0
-        assert used["spilled"] <= (8 if chosen else 0), kernel
+        assert used["spilled"] <= (8 if used["spills_in_loops"] == 0 else 0), kernel
         sums = "k7" in kernel and "grad_weight" in kernel
         few = sums or is_product(kernel) or " 13x" in kernel or " small" in kernel
         assert aot.occupancy(used) >= (8 if few else 12) / 64, kernel
