@@ -72,7 +72,8 @@ part_sanitize() {
 
 part_tune() {
   limited python3 -m effnet_kernels tune --jobs "$(nproc)" || return
-  cp effnet_kernels/triton/tiles/*.json "$OUT"
+  # Beside the results, which are read as such, not among them.
+  mkdir -p "$OUT/tiles" && cp effnet_kernels/triton/tiles/*.json "$OUT/tiles"
 }
 
 # Measures an op in a share, in hundredths, of what time the part has left; options follow.

@@ -190,7 +190,6 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
 #pragma unroll 1
     for (int image = 0; image < images; ++image) {
       Floats<L> pooled = broadcast<L>(0.f);
-      // Deviations from the origin of a few rows, in float32; of more in float64.
       walk_strip<Sizes>(rows, filters + lane * L, source, [&](int o, typename Sizes::Outputs& y) {
         if constexpr (!kTraining) {
 #pragma unroll
@@ -229,6 +228,7 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
               if (i / L < columns) totals[i % L].origin += y[i] * inverse;
             }
           }
+          // Of a row in float32, of all rows in float64.
           float sum[L] = {}, squares[L] = {};
 #pragma unroll
           for (int i = 0; i < kStrip * L; ++i) {

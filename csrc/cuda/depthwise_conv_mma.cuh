@@ -46,7 +46,6 @@
 
 #include "depthwise_conv_backward.cuh"
 #include "mma.cuh"
-#include "moments.cuh"
 #include "rows.cuh"
 
 namespace effnet::cuda {

@@ -57,9 +57,12 @@ class _State:
             or list(map(type, self._below)) != self._classes
         ):
             return False
-        for now, before in self._attributes:
-            if now != before:
-                return False
+        try:
+            for now, before in self._attributes:
+                if now != before:
+                    return False
+        except (RuntimeError, ValueError):  # tensors and arrays, neither equal nor not
+            return False
         return (
             self._present_children() == self._children and self._present_tensors() == self._tensors
         )

@@ -88,8 +88,12 @@ def measured(architecture: str | None, problem: Problem) -> Tile | None:
     """
     if _forced is not None:
         return _forced
-    if architecture is None:
-        return None
+    return None if architecture is None else _nearest(architecture, problem)
+
+
+@functools.lru_cache(maxsize=1024)
+def _nearest(architecture: str, problem: Problem) -> Tile | None:
+    """On every launch: looked for once."""
     found = _table(architecture).get(problem[1:])
     if not found or not problem.pixels:
         return None

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
 from effnet_kernels.layers.remembered import remembered
@@ -57,6 +58,15 @@ def test_change_is_seen(change: Callable[[nn.Sequential], object]) -> None:
     assert [remembered(module, find) for _ in range(3)] == [1, 1, 1]
     change(module)
     assert [remembered(module, find) for _ in range(3)] == [2, 2, 2]
+
+
+def test_tensor_as_attribute() -> None:
+    """One that is no parameter or buffer, and another in its place."""
+    module, find = make_module(), Finder()
+    module[1].mask = torch.ones(2)
+    assert [remembered(module, find) for _ in range(2)] == [1, 1]
+    module[1].mask = torch.ones(2)
+    assert [remembered(module, find) for _ in range(2)] == [2, 2]
 
 
 def test_values_do_not_matter() -> None:

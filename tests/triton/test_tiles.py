@@ -24,9 +24,12 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     entry = {"problem": PROBLEM._asdict(), "tile": TILE._asdict(), "microseconds": 1.0}
     (tmp_path / "sm_99.json").write_text(json.dumps({"pointwise_conv_bn_act": [entry]}))
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    tiles._table.cache_clear()
+    caches = (tiles._table, tiles._nearest)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    tiles._table.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.usefixtures("table")
