@@ -38,7 +38,7 @@ struct Prologue {
 // Tensors of `dtype` unless a comment says otherwise; (N, C, H, W) ones are dense channels-last.
 struct DepthwiseInference {
   Dtype dtype;
-  DepthwiseShape shape;
+  ConvShape shape;
   const void* input;
   const void* weight;  // (C, 1, k, k), contiguous
   BatchNorm bn;
@@ -50,7 +50,7 @@ struct DepthwiseInference {
 
 struct DepthwiseTraining {
   Dtype dtype;
-  DepthwiseShape shape;
+  ConvShape shape;
   const void* input;
   const void* weight;
   BatchNorm bn;  // mean and var: as below
@@ -68,7 +68,7 @@ struct DepthwiseTraining {
 
 struct DepthwiseBackward {
   Dtype dtype;
-  DepthwiseShape shape;
+  ConvShape shape;
   const void* grad_output;
   const void* grad_pooled;  // (N, C), accumulate dtype, or null
   const void* conv;
@@ -111,7 +111,7 @@ struct PointwiseInference {
 // it had been written, and padded with zeros.
 struct ExpandDepthwise {
   Dtype dtype;
-  DepthwiseShape shape;  // of the depthwise convolution: C is the expanded width
+  ConvShape shape;  // of the depthwise convolution: C is the expanded width
   int in_channels;
   const void* input;          // (N, in_channels, H, W)
   const void* expand_weight;  // (C, in_channels), contiguous
@@ -123,6 +123,27 @@ struct ExpandDepthwise {
   bool allow_tf32;
   void* output;  // (N, C, OH, OW)
   void* pooled;  // (N, C), accumulate dtype, or null
+};
+
+// One Fused-MBConv block without squeeze-and-excitation: at every output pixel
+//   z = expand_activation(expand_bn(k x k convolution of input)), M channels,
+//   output = project_activation(project_bn(project_weight z)) + residual.
+// z is rounded to `dtype` as if it had been written. project_weight null: output = z + residual.
+struct FusedMbconv {
+  Dtype dtype;
+  ConvShape shape;  // of the convolution: C is the expanded width M
+  int in_channels, out_channels;
+  const void* input;          // (N, in_channels, H, W)
+  const void* expand_weight;  // (M, in_channels, k, k), channels-last: [m][row][column][channel]
+  BatchNorm expand_bn;
+  Activation expand_activation;
+  const void* project_weight;  // (K, M), contiguous, or null: then K is M
+  BatchNorm project_bn;
+  Activation project_activation;
+  const void* residual;  // (N, K, OH, OW) or null
+  bool allow_tf32;
+  void* output;  // (N, K, OH, OW)
+  void* pooled;  // (N, M), accumulate dtype: sums over pixels of z. Null with a project_weight
 };
 
 // Mean and biased variance of each channel over images and pixels.
@@ -228,7 +249,7 @@ struct SqueezeExciteGate {
 // itself), the gate of its sums (reduce_weight null: none), project, residual.
 struct MbconvInference {
   Dtype dtype;
-  DepthwiseShape shape;  // of the depthwise convolution: C is the expanded width
+  ConvShape shape;  // of the depthwise convolution: C is the expanded width
   int in_channels, out_channels;
   const void* input;          // (N, in_channels, H, W)
   const void* expand_weight;  // (C, in_channels), contiguous, or null

@@ -171,19 +171,18 @@ class __attribute__((visibility("hidden"))) Checks {
 
   // The geometry of the call. Every window must overlap the input: with 0 <= pad_top, pad_left < k
   // that leaves less than k rows and columns of padding at the end, too.
-  DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, int64_t stride,
-                                 int64_t pad_top, int64_t pad_left, const char* output_name,
-                                 const Tensor& output) const {
+  ConvShape conv_shape(const Tensor& input, const Tensor& weight, int64_t stride, int64_t pad_top,
+                       int64_t pad_left, const char* output_name, const Tensor& output) const {
     STD_TORCH_CHECK(input.dim() == 4, op_, ": input must have 4 dimensions (N, C, H, W), not ",
                     input.dim());
     STD_TORCH_CHECK(output.dim() == 4, op_, ": ", output_name,
                     " must have 4 dimensions (N, C, OH, OW), not ", output.dim());
-    STD_TORCH_CHECK(weight.dim() == 4, op_, ": weight must have 4 dimensions (C, 1, k, k), not ",
+    STD_TORCH_CHECK(weight.dim() == 4, op_, ": a convolution's weight must have 4 dimensions, not ",
                     weight.dim());
     const int64_t k = weight.size(3);
     STD_TORCH_CHECK(k == 3 || k == 5 || k == 7, op_, ": the kernel size must be 3, 5 or 7, not ",
                     k);
-    DepthwiseShape s;
+    ConvShape s;
     s.batch = input.size(0);
     STD_TORCH_CHECK(s.batch >= 1, op_, ": input must not be empty");
     s.channels = integer("input.size(1)", input.size(1), 1, kMaxExtent);
@@ -282,8 +281,7 @@ inline DepthwiseInference check_depthwise_inference(
     const OptionalTensor& prologue_shift, int64_t prologue_activation, const Tensor& output,
     const OptionalTensor& pooled) {
   const Checks check("depthwise_conv_bn_act_out", "input", input);
-  const DepthwiseShape s =
-      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+  const ConvShape s = check.conv_shape(input, weight, stride, pad_top, pad_left, "output", output);
   const int64_t n = s.batch, c = s.channels;
   DepthwiseInference a{};
   a.dtype = check.dtype();
@@ -305,8 +303,7 @@ inline DepthwiseTraining check_depthwise_training(
     int64_t prologue_activation, bool batch_stats, const Tensor& conv, const Tensor& mean,
     const Tensor& var, const OptionalTensor& output, const OptionalTensor& pooled) {
   const Checks check("depthwise_conv_bn_act_train_out", "input", input);
-  const DepthwiseShape s =
-      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "conv", conv);
+  const ConvShape s = check.conv_shape(input, weight, stride, pad_top, pad_left, "conv", conv);
   const int64_t n = s.batch, c = s.channels;
   DepthwiseTraining a{};
   a.dtype = check.dtype();
@@ -338,8 +335,8 @@ inline DepthwiseBackward check_depthwise_backward(
     const OptionalTensor& grad_weight, const Tensor& grad_bn_weight, const Tensor& grad_bn_bias,
     const OptionalTensor& grad_prologue_scale, const OptionalTensor& grad_prologue_shift) {
   const Checks check("depthwise_conv_bn_act_backward_out", "input", input);
-  const DepthwiseShape s =
-      check.depthwise_shape(input, weight, stride, pad_top, pad_left, "grad_output", grad_output);
+  const ConvShape s =
+      check.conv_shape(input, weight, stride, pad_top, pad_left, "grad_output", grad_output);
   const int64_t n = s.batch, c = s.channels;
   DepthwiseBackward a{};
   a.dtype = check.dtype();
@@ -415,7 +412,7 @@ inline ExpandDepthwise check_expand_depthwise(
   const Checks check("expand_depthwise_out", "input", input);
   ExpandDepthwise a{};
   a.dtype = check.dtype();
-  a.shape = check.depthwise_shape(input, weight, stride, pad_top, pad_left, "output", output);
+  a.shape = check.conv_shape(input, weight, stride, pad_top, pad_left, "output", output);
   a.in_channels = a.shape.channels;
   a.shape.channels = check.integer("weight.size(0)", weight.size(0), 1, kMaxExtent);
   const int64_t n = a.shape.batch, c = a.shape.channels;
@@ -430,6 +427,50 @@ inline ExpandDepthwise check_expand_depthwise(
   a.allow_tf32 = allow_tf32;
   a.output = check.channels_last("output", output, n, c, a.shape.out_h, a.shape.out_w);
   a.pooled = check.accumulated("pooled", pooled, {n, c});
+  return a;
+}
+
+inline FusedMbconv check_fused_mbconv(
+    const Tensor& input, const Tensor& expand_weight, const Tensor& expand_mean,
+    const Tensor& expand_var, const OptionalTensor& expand_bn_weight,
+    const OptionalTensor& expand_bn_bias, double expand_eps, int64_t expand_activation,
+    int64_t stride, int64_t pad_top, int64_t pad_left, const OptionalTensor& project_weight,
+    const OptionalTensor& project_mean, const OptionalTensor& project_var,
+    const OptionalTensor& project_bn_weight, const OptionalTensor& project_bn_bias,
+    double project_eps, int64_t project_activation, const OptionalTensor& residual, bool allow_tf32,
+    const Tensor& output, const OptionalTensor& pooled) {
+  const char* op = "fused_mbconv_out";
+  const Checks check(op, "input", input);
+  FusedMbconv a{};
+  a.dtype = check.dtype();
+  a.shape = check.conv_shape(input, expand_weight, stride, pad_top, pad_left, "output", output);
+  a.in_channels = a.shape.channels;
+  a.shape.channels = check.integer("expand_weight.size(0)", expand_weight.size(0), 1, kMaxExtent);
+  a.out_channels = check.integer("output.size(1)", output.size(1), 1, kMaxExtent);
+  const ConvShape& s = a.shape;
+  const int64_t n = s.batch, m = s.channels, k = a.out_channels;
+  a.input = check.channels_last("input", input, n, a.in_channels, s.in_h, s.in_w);
+  a.expand_weight =
+      check.channels_last("expand_weight", expand_weight, m, a.in_channels, s.kernel, s.kernel);
+  a.expand_bn =
+      check.batch_norm(expand_mean, expand_var, expand_bn_weight, expand_bn_bias, expand_eps, m);
+  a.expand_activation = check.activation("expand_activation", expand_activation);
+  if (project_weight) {
+    STD_TORCH_CHECK(project_mean && project_var, op,
+                    ": project_mean and project_var must be given with project_weight");
+    STD_TORCH_CHECK(!pooled, op, ": pooled must be None with a project_weight");
+    a.project_weight = check.pointwise_weight("project_weight", *project_weight, k, m);
+    a.project_bn = check.batch_norm(*project_mean, *project_var, project_bn_weight, project_bn_bias,
+                                    project_eps, k);
+    a.project_activation = check.activation("project_activation", project_activation);
+  } else {
+    STD_TORCH_CHECK(k == m, op, ": without a project_weight output must have ", m,
+                    " channels, not ", k);
+  }
+  a.residual = check.channels_last("residual", residual, n, k, s.out_h, s.out_w);
+  a.allow_tf32 = allow_tf32;
+  a.output = check.channels_last("output", output, n, k, s.out_h, s.out_w);
+  a.pooled = check.accumulated("pooled", pooled, {n, m});
   return a;
 }
 
@@ -684,8 +725,8 @@ inline MbconvInference check_mbconv(const Tensor& input, const ConvBn* expand,
   const Checks check(op, "input", input);
   MbconvInference a{};
   a.dtype = check.dtype();
-  DepthwiseShape& s = a.shape;
-  s = check.depthwise_shape(input, depthwise.weight, stride, pad_top, pad_left, "output", output);
+  ConvShape& s = a.shape;
+  s = check.conv_shape(input, depthwise.weight, stride, pad_top, pad_left, "output", output);
   a.in_channels = s.channels;
   s.channels = check.integer("depthwise_weight.size(0)", depthwise.weight.size(0), 1, kMaxExtent);
   a.out_channels = check.integer("output.size(1)", output.size(1), 1, kMaxExtent);

@@ -42,6 +42,14 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps, "
       "int stride, int pad_top, int pad_left, int activation, bool allow_tf32, "
       "Tensor(a!) output, Tensor(b!)? pooled) -> ()");
+  m.def(
+      "fused_mbconv_out("
+      "Tensor input, Tensor expand_weight, Tensor expand_mean, Tensor expand_var, "
+      "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
+      "int stride, int pad_top, int pad_left, Tensor? project_weight, Tensor? project_mean, "
+      "Tensor? project_var, Tensor? project_bn_weight, Tensor? project_bn_bias, "
+      "float project_eps, int project_activation, Tensor? residual, bool allow_tf32, "
+      "Tensor(a!) output, Tensor(b!)? pooled) -> ()");
   // What each computes is in arguments.h.
   m.def("channel_statistics_out(Tensor input, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(

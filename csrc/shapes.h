@@ -1,4 +1,4 @@
-// The geometry of a depthwise convolution, shared by host and device code.
+// The geometry of a k x k convolution, shared by host and device code.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@ namespace effnet {
 
 // Dense channels-last tensors: element (n, c, h, w) of an N x C x H x W tensor is at
 // ((n * H + h) * W + w) * C + c. Offsets are 64-bit: a tensor may have more than 2^31 elements.
-struct DepthwiseShape {
+struct ConvShape {
   int64_t batch;
-  int channels;
+  int channels;  // of the output; a depthwise convolution's input has as many
   int in_h, in_w;
   int out_h, out_w;
   int kernel;  // 3, 5 or 7

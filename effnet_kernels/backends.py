@@ -261,6 +261,7 @@ def _triton_kernel(name: str) -> Any:
         "depthwise_conv_bn_act_train_out": "depthwise_conv_bn_act",
         "depthwise_conv_bn_act_backward_out": "depthwise_conv_bn_act",
         "expand_depthwise_out": "mbconv",
+        "fused_mbconv_out": "fused_mbconv",
         "pointwise_conv_bn_act_out": "pointwise_conv_bn_act",
     }[name]
     return getattr(importlib.import_module(f"effnet_kernels.triton.{op}"), name)

@@ -40,7 +40,7 @@ constexpr int64_t kSlots = 64;
 constexpr int64_t kCacheBytes = 8 << 20;
 
 // rings: how many rings of k rows the kernels keep, 0 if they read the tensors where they lie.
-DepthwisePlan make_plan(const DepthwiseShape& s, const DepthwiseKernels& k, int64_t element_size,
+DepthwisePlan make_plan(const ConvShape& s, const DepthwiseKernels& k, int64_t element_size,
                         int rings) {
   DepthwisePlan p;
   p.lanes = k.lanes;
@@ -95,18 +95,18 @@ int forward_rings(const Arguments& a, const DepthwiseKernels& k, int64_t element
   return in_place ? 0 : 1;
 }
 
-int64_t input_bytes(const DepthwiseShape& s, int64_t element_size) {
+int64_t input_bytes(const ConvShape& s, int64_t element_size) {
   return s.batch * s.channels * s.in_h * s.in_w * element_size;
 }
 
-int64_t output_bytes(const DepthwiseShape& s, int64_t element_size) {
+int64_t output_bytes(const ConvShape& s, int64_t element_size) {
   return s.batch * s.channels * s.out_h * s.out_w * element_size;
 }
 
 // What one call needs to run its items in parallel.
 class Runner {
  public:
-  Runner(const DepthwiseShape& s, const DepthwisePlan& p, const DepthwiseKernels& k)
+  Runner(const ConvShape& s, const DepthwisePlan& p, const DepthwiseKernels& k)
       : plan_(p), scratch_bytes_(k.scratch_bytes(s, p)) {
     // About 10 microseconds of work are worth a thread.
     const double work =
@@ -157,7 +157,7 @@ void add_units(F* pooled, const F* units, int64_t batch, int64_t parts, int64_t 
 // Where the kernels put the sums of each unit: into `pooled` itself where units are whole images.
 class Pool {
  public:
-  Pool(void* pooled, const DepthwiseShape& s, const DepthwisePlan& p, const DepthwiseKernels& k)
+  Pool(void* pooled, const ConvShape& s, const DepthwisePlan& p, const DepthwiseKernels& k)
       : pooled_(pooled),
         shape_(s),
         parts_(int64_t{p.bands} * p.strips),
@@ -180,7 +180,7 @@ class Pool {
 
  private:
   void* pooled_;
-  DepthwiseShape shape_;
+  ConvShape shape_;
   int64_t parts_;
   bool double_;
   Memory memory_;

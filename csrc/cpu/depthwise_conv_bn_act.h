@@ -27,7 +27,7 @@ struct DepthwisePlan {
   int grad_tile;  // the same for columns of the input's gradient
   bool prefetch;  // the tensors are larger than what a cache keeps
 
-  int64_t units(const DepthwiseShape& s) const { return s.batch * bands * strips; }
+  int64_t units(const ConvShape& s) const { return s.batch * bands * strips; }
   int padded_channels() const { return vectors * lanes; }
 };
 
@@ -75,7 +75,7 @@ struct DepthwiseKernels {
   void (*merge_gradients)(const DepthwiseBackward&, const DepthwisePlan&, int block,
                           const void* partials);
   // Bytes of scratch that one thread needs, at most, for any of the above.
-  size_t (*scratch_bytes)(const DepthwiseShape&, const DepthwisePlan&);
+  size_t (*scratch_bytes)(const ConvShape&, const DepthwisePlan&);
 };
 
 constexpr int kStatisticsRows = 3;

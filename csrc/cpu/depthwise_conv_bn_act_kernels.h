@@ -186,7 +186,7 @@ Loops<S> loops_of(const DepthwisePlan& p) {
 }
 
 template <class S>
-Loops<S> loops_for(const DepthwiseShape& s, const DepthwisePlan& p) {
+Loops<S> loops_for(const ConvShape& s, const DepthwisePlan& p) {
   switch (s.kernel * 10 + s.stride) {
     case 31:
       return loops_of<S, 3, 1>(p);
@@ -375,7 +375,7 @@ void load_row_through_prologue(typename Simd<T>::Scalar* row, const T* from, int
 
 // Rows of the input up to `end`, into the ring.
 template <class T>
-void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const DepthwiseShape& s, const Unit& u,
+void load_rows(Ring<Simd<T>>& ring, int end, const T* input, const ConvShape& s, const Unit& u,
                const Block& b, const PackedPrologue<typename Simd<T>::Scalar>& prologue,
                Activation activation) {
   const Columns& c = ring.columns;
@@ -402,7 +402,7 @@ struct Convolution {
   using S = Simd<T>;
   using F = typename S::Scalar;
 
-  Convolution(const DepthwiseShape& shape, const DepthwisePlan& plan, Scratch<F>& scratch)
+  Convolution(const ConvShape& shape, const DepthwisePlan& plan, Scratch<F>& scratch)
       : s(shape), p(plan) {
     const int64_t vectors = int64_t{p.block_vectors} * S::lanes;
     out_columns = round_up(lesser(p.strip_cols, s.out_w), p.tile);
@@ -414,7 +414,7 @@ struct Convolution {
     prologue.shift = scratch.take(vectors);
   }
 
-  static int64_t scratch_size(const DepthwiseShape& s, const DepthwisePlan& p) {
+  static int64_t scratch_size(const ConvShape& s, const DepthwisePlan& p) {
     const int64_t out = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     return int64_t{p.block_vectors} * S::lanes *
            (((out - 1) * s.stride + s.kernel) * s.kernel + s.kernel * s.kernel + 2);
@@ -487,7 +487,7 @@ struct Convolution {
     }
   }
 
-  DepthwiseShape s;
+  ConvShape s;
   DepthwisePlan p;
   Block b;
   int out_columns, in_columns;
@@ -514,14 +514,14 @@ EFFNET_INLINE void for_each_item(const DepthwisePlan& p, int64_t begin, int64_t 
 }
 
 // The units of a slot are [first_unit(slot), first_unit(slot + 1)).
-EFFNET_INLINE int64_t first_unit(const DepthwiseShape& s, const DepthwisePlan& p, int64_t slot) {
+EFFNET_INLINE int64_t first_unit(const ConvShape& s, const DepthwisePlan& p, int64_t slot) {
   const int64_t units = p.units(s), each = units / p.slots, extra = units % p.slots;
   return slot * each + (slot < extra ? slot : extra);
 }
 
 // The sums over a unit, [v][lanes], to the unit's row of pooled.
 template <class F>
-void store_pooled(void* pooled, const F* sums, int64_t unit, const DepthwiseShape& s,
+void store_pooled(void* pooled, const F* sums, int64_t unit, const ConvShape& s,
                   const DepthwisePlan& p, const Block& b) {
   F* to = static_cast<F*>(pooled) + unit * s.channels + b.channel;
   const int64_t channels = block_channels(p, b);
@@ -557,7 +557,7 @@ void inference(const DepthwiseInference& a, const DepthwisePlan& p, int64_t begi
                void* memory, void* pooled) {
   using S = Simd<T>;
   using F = typename S::Scalar;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const T* input = static_cast<const T*>(a.input);
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
@@ -691,7 +691,7 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
   using S = Simd<T>;
   using F = typename S::Scalar;
   constexpr int L = S::lanes;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const T* input = static_cast<const T*>(a.input);
   const int64_t padded = p.padded_channels();
   Scratch<F> scratch(memory);
@@ -725,7 +725,7 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
   });
 }
 
-EFFNET_INLINE int64_t slot_elements(const DepthwiseShape& s, const DepthwisePlan& p, int64_t slot) {
+EFFNET_INLINE int64_t slot_elements(const ConvShape& s, const DepthwisePlan& p, int64_t slot) {
   int64_t count = 0;
   for (int64_t unit = first_unit(s, p, slot); unit < first_unit(s, p, slot + 1); ++unit) {
     const Unit u = unit_at(s, p, unit);
@@ -740,7 +740,7 @@ void merge_statistics(const DepthwiseTraining& a, const DepthwisePlan& p, int bl
                       const void* partials) {
   using F = typename Simd<T>::Scalar;
   constexpr int L = Simd<T>::lanes;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const Block b = block_at(s, p, block);
   const int64_t padded = p.padded_channels();
   for (int v = 0; v < b.vectors; ++v) {
@@ -772,7 +772,7 @@ void normalize(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin
   using F = typename S::Scalar;
   using V = typename S::V;
   constexpr int L = S::lanes;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int64_t channels = s.channels;
   Scratch<F> scratch(memory);
   PackedBatchNorm<F> bn(scratch, p);
@@ -841,7 +841,7 @@ void reduce(const DepthwiseBackward& a, const DepthwisePlan& p, int64_t begin, i
   using F = typename S::Scalar;
   using V = typename S::V;
   constexpr int L = S::lanes;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int64_t channels = s.channels;
   const int64_t padded = p.padded_channels();
   const int64_t size = int64_t{p.block_vectors} * L;
@@ -950,7 +950,7 @@ void merge_bn_gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int 
 template <class F>
 void pack_dz(F* constant, F* slope, const PackedBatchNorm<F>& bn, const DepthwiseBackward& a,
              const DepthwisePlan& p, const Block& b) {
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int64_t channels = block_channels(p, b);
   clear(constant, int64_t{b.vectors} * p.lanes);
   clear(slope, int64_t{b.vectors} * p.lanes);
@@ -998,7 +998,7 @@ struct Gradients {
   }
 
   // The widest unit's columns of grad_input, plus those before its first tile boundary.
-  static int grad_input_columns(const DepthwiseShape& s, const DepthwisePlan& p) {
+  static int grad_input_columns(const ConvShape& s, const DepthwisePlan& p) {
     const int own = p.strips == 1
                         ? s.in_w
                         : greater(p.strip_cols * s.stride,
@@ -1006,7 +1006,7 @@ struct Gradients {
     return round_up(own + s.stride - 1, p.grad_tile);
   }
 
-  static int64_t scratch_size(const DepthwiseShape& s, const DepthwisePlan& p) {
+  static int64_t scratch_size(const ConvShape& s, const DepthwisePlan& p) {
     const int64_t halo = (s.kernel - 1) / s.stride, columns = grad_input_columns(s, p);
     return Convolution<T>::scratch_size(s, p) +
            int64_t{p.block_vectors} * L *
@@ -1214,7 +1214,7 @@ struct Gradients {
   }
 
   const DepthwiseBackward& a;
-  DepthwiseShape s;
+  ConvShape s;
   DepthwisePlan p;
   Scratch<F> scratch;
   Convolution<T> conv;
@@ -1264,7 +1264,7 @@ void merge_gradients(const DepthwiseBackward& a, const DepthwisePlan& p, int blo
 }
 
 template <class T>
-size_t scratch_bytes(const DepthwiseShape& s, const DepthwisePlan& p) {
+size_t scratch_bytes(const ConvShape& s, const DepthwisePlan& p) {
   using F = typename Simd<T>::Scalar;
   // Room for the pieces' rounding to cache lines, and for the per-channel values of any kernel.
   const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 24;

@@ -23,7 +23,7 @@ struct Unit {
   int ih0, ih1, iw0, iw1;
 };
 
-EFFNET_INLINE Unit unit_at(const DepthwiseShape& s, const DepthwisePlan& p, int64_t index) {
+EFFNET_INLINE Unit unit_at(const ConvShape& s, const DepthwisePlan& p, int64_t index) {
   Unit u;
   const int strip = static_cast<int>(index % p.strips);
   const int band = static_cast<int>(index / p.strips % p.bands);
@@ -47,7 +47,7 @@ struct Block {
   int last_channels;  // channels in the last vector
 };
 
-EFFNET_INLINE Block block_at(const DepthwiseShape& s, const DepthwisePlan& p, int index) {
+EFFNET_INLINE Block block_at(const ConvShape& s, const DepthwisePlan& p, int index) {
   const int first = index * p.block_vectors;
   const int vectors = lesser(p.block_vectors, p.vectors - first);
   return {index, vectors, int64_t{first} * p.lanes,
@@ -170,7 +170,7 @@ Correlate<S, Sink> correlate_of(int tile) {
 // For tensors of T. Only those that need no widening are read where they lie, without a ring that
 // holds the padding.
 template <class T, class Sink>
-Correlate<Simd<T>, Sink> correlate_for(const DepthwiseShape& s, int tile) {
+Correlate<Simd<T>, Sink> correlate_for(const ConvShape& s, int tile) {
   using S = Simd<T>;
   constexpr bool Borders = sizeof(T) == sizeof(typename S::Scalar);
   switch (s.kernel * 10 + s.stride) {
@@ -396,7 +396,7 @@ struct OutputRow {
   bool prefetch;
 
   EFFNET_INLINE OutputRow() {}
-  OutputRow(const DepthwiseShape& s, const DepthwisePlan& p, const Block& b, const Unit& u)
+  OutputRow(const ConvShape& s, const DepthwisePlan& p, const Block& b, const Unit& u)
       : to(nullptr),
         channels(s.channels),
         row_size(int64_t{s.out_w} * s.channels),
@@ -405,7 +405,7 @@ struct OutputRow {
         last_channels(b.last_channels),
         prefetch(p.prefetch) {}
 
-  EFFNET_INLINE void start(void* tensor, const DepthwiseShape& s, const Block& b, const Unit& u,
+  EFFNET_INLINE void start(void* tensor, const ConvShape& s, const Block& b, const Unit& u,
                            int oh) {
     to = static_cast<T*>(tensor) + ((u.n * s.out_h + oh) * s.out_w + u.ow0) * channels + b.channel;
   }

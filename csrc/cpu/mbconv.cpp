@@ -34,7 +34,7 @@ constexpr int64_t kProjectBytes = 128 * 1024;
 constexpr int64_t kProjectItems = 16;
 
 MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const GemmFormat& f = k.format;
   const int64_t size = f.accumulate_bytes;
   MbconvPlan p{};
@@ -128,7 +128,7 @@ class Block {
   // What one image needs on its way.
   struct Image {
     explicit Image(const Block& b) {
-      const DepthwiseShape& s = b.a_.shape;
+      const ConvShape& s = b.a_.shape;
       const GemmFormat& f = b.k_.format;
       Pieces pieces;
       const int64_t value = b.a_.expand_weight == nullptr ? b.size_ : f.value_bytes;
@@ -150,7 +150,7 @@ class Block {
   bool gated() const { return a_.gate.reduce_weight != nullptr; }
 
   void pack() {
-    const DepthwiseShape& s = a_.shape;
+    const ConvShape& s = a_.shape;
     const int64_t c = p_.padded_channels();
     Pieces pieces;
     const int64_t expand =
@@ -176,7 +176,7 @@ class Block {
 
   template <class Run>
   void run_image(const Image& image, int64_t n, const Run& parallel) const {
-    const DepthwiseShape& s = a_.shape;
+    const ConvShape& s = a_.shape;
     const void* input = static_cast<const char*>(a_.input) +
                         n * s.in_h * s.in_w * a_.in_channels * element_size(a_.dtype);
     if (p_.converted) {

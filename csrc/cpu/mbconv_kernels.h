@@ -20,7 +20,7 @@ void pack_block(const MbconvInference& a, const MbconvPlan& p, const MbconvWeigh
                 int64_t begin, int64_t end, void* memory) {
   using S = Simd<T>;
   using F = typename S::Scalar;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int taps = s.kernel * s.kernel;
   Scratch<F> scratch(memory);
   PackedBatchNorm<F> bn(scratch, p.depthwise);
@@ -97,7 +97,7 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
   using F = typename S::Scalar;
   using Value = typename Products<T>::Value;
   constexpr int L = S::lanes;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int taps = s.kernel * s.kernel;
   const bool expands = a.expand_weight != nullptr;
   const F* x = static_cast<const F*>(input);

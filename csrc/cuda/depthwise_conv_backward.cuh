@@ -309,7 +309,7 @@ struct GradConvSource {
 
 template <class T, class Tiling = DepthwiseTiling>
 struct BackwardArguments {
-  DepthwiseShape shape;
+  ConvShape shape;
   Tiling tiling;
   const T* __restrict__ grad_output;
   const float* __restrict__ grad_pooled;  // or null
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::
   constexpr int kReach = (K - 1) / S;  // rows of the window before the patch's first row
   using RowMath = Math<T, kPatchW>;
 
-  const DepthwiseShape& shape = a.shape;
+  const ConvShape& shape = a.shape;
   const DepthwiseBlock block(a.tiling);
   const int columns = Sizes::columns(a.tiling.patches);
   const int position = static_cast<int>(threadIdx.x) % kBlockChannels;

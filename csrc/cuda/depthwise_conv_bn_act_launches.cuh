@@ -69,7 +69,7 @@ struct MmaLimits {
 // vain or waited for. fits(tiling) fills its layout and says whether there is room; where there is
 // none for any, as on devices with 100 KB of shared memory, the tiling has no rows.
 template <class Sizes, class Fits>
-MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, int width,
+MmaTiling mma_tiling(const Device& device, const ConvShape& s, int height, int width,
                      const MmaLimits& limits, const Fits& fits) {
   const int wave = device.multiprocessors() * limits.blocks;
   const int column_blocks = static_cast<int>(ceil_div(width, kSegmentColumns));
@@ -143,7 +143,7 @@ MmaTiling mma_tiling(const Device& device, const DepthwiseShape& s, int height, 
 // images, which spares filters and partial results. Small ones: images are cut into segments of
 // rows until every multiprocessor has work.
 template <class Sizes>
-StripTiling strip_tiling(const Device& device, const DepthwiseShape& s) {
+StripTiling strip_tiling(const Device& device, const ConvShape& s) {
   StripTiling t{};
   t.strips = static_cast<int>(ceil_div(s.out_w, Sizes::kStrip));
   const int all_lanes = static_cast<int>(ceil_div(s.channels, Sizes::L));
@@ -199,7 +199,7 @@ StripTiling strip_tiling(const Device& device, const DepthwiseShape& s) {
 // The forward kernel for T, L, K and S.
 template <class T, int L, int K, int S>
 struct Forward {
-  static StripTiling tiling(const Device& device, const DepthwiseShape& s) {
+  static StripTiling tiling(const Device& device, const ConvShape& s) {
     return strip_tiling<StripSizes<T, L, K, S>>(device, s);
   }
 
@@ -219,7 +219,7 @@ struct Forward {
 
 // Calls body(Forward<T, L, K, S>{}): L is two channels where their number and the pointers allow.
 template <class T, class Body>
-void for_forward(const DepthwiseShape& s, std::initializer_list<const void*> pointers,
+void for_forward(const ConvShape& s, std::initializer_list<const void*> pointers,
                  const Body& body) {
   const auto with_lanes = [&](auto lanes) {
     for_window(s, [&](auto kernel, auto step) { body(Forward<T, lanes(), kernel(), step()>{}); });
@@ -238,7 +238,7 @@ struct Backward {
   static constexpr bool kMma = sizeof(T) == 2 && V == kVectorChannels && S == 1 && K <= 5;
   using Tiling = std::conditional_t<kMma, MmaTiling, DepthwiseTiling>;
 
-  static Tiling tiling(const Device& device, const DepthwiseShape& s) {
+  static Tiling tiling(const Device& device, const ConvShape& s) {
     if constexpr (kMma) {
       using Sizes = MmaBackwardSizes<K>;
       const int bytes = device.shared_bytes(1);
@@ -272,7 +272,7 @@ struct Backward {
 
 // Calls body(Backward<T, V, K, S>{}, tiling), or with V = 1 where that does not fit the device.
 template <class T, int V, int K, int S, class Body>
-void for_backward(const Device& device, const DepthwiseShape& s, const Body& body) {
+void for_backward(const Device& device, const ConvShape& s, const Body& body) {
   const auto tiling = Backward<T, V, K, S>::tiling(device, s);
   if (Backward<T, V, K, S>::fits(tiling)) {
     body(Backward<T, V, K, S>{}, tiling);
@@ -309,7 +309,7 @@ ForwardArguments<T> forward_arguments(const Arguments& a, const StripTiling& til
 template <class T>
 void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& like) {
   const Device device(like);
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   for_forward<T>(s, {a.input, a.output}, [&](auto kernel) {
     auto f = forward_arguments<T>(a, kernel.tiling(device, s), a.output);
     f.bn = a.bn;
@@ -325,7 +325,7 @@ void DepthwiseLaunches<T>::inference(const DepthwiseInference& a, const Tensor& 
 template <class T>
 void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& like) {
   const Device device(like);
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   for_forward<T>(s, {a.input, a.conv}, [&](auto kernel) {
     auto f = forward_arguments<T>(a, kernel.tiling(device, s), a.conv);
     const int64_t slots = int64_t{f.tiling.unit_blocks} * f.tiling.segments;
@@ -351,7 +351,7 @@ void DepthwiseLaunches<T>::training(const DepthwiseTraining& a, const Tensor& li
 template <class T>
 void DepthwiseLaunches<T>::backward(const DepthwiseBackward& a, const Tensor& like) {
   const Device device(like);
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
 
   // Pass one: the gradients of BN's weight and bias, which batch statistics need before pass two.
   BatchNormActSums sums{};

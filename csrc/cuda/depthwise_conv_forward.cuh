@@ -37,7 +37,7 @@ static_assert(kStripSharedBytes<3> >= 3 * kFilterPitch * sizeof(double));
 
 template <class T>
 struct ForwardArguments {
-  DepthwiseShape shape;
+  ConvShape shape;
   StripTiling tiling;
   const T* __restrict__ input;
   const T* __restrict__ weight;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
     depthwise_conv_kernel(const __grid_constant__ ForwardArguments<T> a) {
   using Sizes = StripSizes<T, L, K, S>;
   constexpr int kStrip = Sizes::kStrip;
-  const DepthwiseShape& shape = a.shape;
+  const ConvShape& shape = a.shape;
   const StripTiling& tiling = a.tiling;
 
   int block = blockIdx.x;

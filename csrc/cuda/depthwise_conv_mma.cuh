@@ -136,8 +136,8 @@ struct alignas(16) MmaPlace {
 // for rows of `tensors` tensors (h x w = shape.in_h x shape.in_w), `constants` floats a channel and
 // `extra` bytes behind everything else.
 template <class Sizes>
-bool fill_layout(MmaTiling& tiling, const DepthwiseShape& shape, int tensors, int constants,
-                 int extra, int most) {
+bool fill_layout(MmaTiling& tiling, const ConvShape& shape, int tensors, int constants, int extra,
+                 int most) {
   MmaLayout& l = tiling.layout;
   l.pixel_bytes = shape.channels * 2;
   l.chunks = tiling.column_blocks + 1;
@@ -316,7 +316,7 @@ EFFNET_DEVICE void walk_steps(char* shared, const MmaTiling& tiling, int steps, 
 // of a pair of columns and one vector of channels, row by row.
 template <bool kOfOutput>
 struct MmaPixels {
-  const DepthwiseShape& shape;
+  const ConvShape& shape;
   const MmaTiling& tiling;
   const char* shared;
   int64_t offset;  // in bytes, of the pair's first pixel in row first_h of the block's first image
@@ -331,7 +331,7 @@ struct MmaPixels {
   EFFNET_DEVICE int row_bytes() const { return width() * shape.channels * 2; }
 
   // chunks: of 8 columns of one image in a row of the tile.
-  EFFNET_DEVICE MmaPixels(const DepthwiseShape& shape, const MmaTiling& tiling, const char* shared,
+  EFFNET_DEVICE MmaPixels(const ConvShape& shape, const MmaTiling& tiling, const char* shared,
                           int chunks, int64_t first_image, int first_channel, int first_h,
                           int first_w)
       : shape(shape), tiling(tiling), shared(shared), first_h(first_h) {

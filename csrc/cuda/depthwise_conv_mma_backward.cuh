@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(MmaBackwardSizes<K>::kThreads, 1)
   using Sizes = MmaBackwardSizes<K>;
   constexpr int kWarpChannels = Sizes::kWarpChannels;
   static_assert(kWarpChannels == 2, "results are written as pairs of channels");
-  const DepthwiseShape& shape = a.shape;
+  const ConvShape& shape = a.shape;
   const MmaTiling& tiling = a.tiling;
   const DepthwiseBlock block(tiling);
   const MmaLayout& layout = tiling.layout;

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kExpandThreads, (ExpandSizes<T, K, S>::kBlocks
                             const __grid_constant__ ExpandTiling tiling, float* pooled) {
   using Sizes = ExpandSizes<T, K, S>;
   constexpr int L = Sizes::kLaneChannels;
-  const DepthwiseShape& shape = a.shape;
+  const ConvShape& shape = a.shape;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 
   int block = blockIdx.x;

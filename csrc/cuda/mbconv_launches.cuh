@@ -34,7 +34,7 @@ bool fill_layout(ExpandTiling& t, int chunks, int products, int most) {
 template <class T, int K, int S>
 ExpandTiling expand_tiling(const Device& device, const ExpandDepthwise& a, int resident) {
   using Sizes = ExpandSizes<T, K, S>;
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   const int most = device.shared_bytes(resident);
   const int chunks = static_cast<int>(ceil_div(a.in_channels, kTileDepth<T>));
   const int steps = static_cast<int>(ceil_div(a.in_channels, kStepDepth<T>));
@@ -100,7 +100,7 @@ ExpandTiling expand_tiling(const Device& device, const ExpandDepthwise& a, int r
 template <class T>
 void ExpandLaunches<T>::inference(const ExpandDepthwise& a, const Tensor& like) {
   const Device device(like);
-  const DepthwiseShape& s = a.shape;
+  const ConvShape& s = a.shape;
   for_window(s, [&](auto kernel, auto step) {
     using Sizes = ExpandSizes<T, kernel(), step()>;
     ExpandTiling t{};

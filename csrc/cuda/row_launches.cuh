@@ -70,7 +70,7 @@ void for_vector(int channels, std::initializer_list<const void*> pointers, const
 
 // Calls body(Constant<K>, Constant<S>) for a depthwise convolution's kernel size and stride.
 template <class Body>
-void for_window(const DepthwiseShape& shape, const Body& body) {
+void for_window(const ConvShape& shape, const Body& body) {
   const auto with_kernel = [&](auto kernel) {
     if (shape.stride == 1) {
       body(kernel, Constant<1>{});

@@ -3,11 +3,13 @@ ops with their fakes and derivatives, and the table of the memory traffic.
 """
 
 from effnet_kernels.ops.batch_norm_act import BatchNormActOutput, batch_norm_act
+from effnet_kernels.ops.block import ConvBn, SqueezeExcite
 from effnet_kernels.ops.depthwise_conv_bn_act import (
     DepthwiseConvBnActOutput,
     depthwise_conv_bn_act,
 )
-from effnet_kernels.ops.mbconv import ConvBn, SqueezeExcite, mbconv
+from effnet_kernels.ops.fused_mbconv import fused_mbconv
+from effnet_kernels.ops.mbconv import mbconv
 from effnet_kernels.ops.mbconv_train import MbconvTrainOutput, mbconv_train
 from effnet_kernels.ops.pointwise_conv_bn_act import (
     PointwiseConvBnActOutput,
@@ -26,6 +28,7 @@ __all__ = [
     "SqueezeExcite",
     "batch_norm_act",
     "depthwise_conv_bn_act",
+    "fused_mbconv",
     "mbconv",
     "mbconv_train",
     "pointwise_conv_bn_act",

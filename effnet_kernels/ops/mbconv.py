@@ -36,70 +36,40 @@ Source: "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946), af
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_kernels import backends
-from effnet_kernels.activations import Activation, activation_code
 from effnet_kernels.ops import checks, library
+from effnet_kernels.ops.block import (
+    SQUEEZE_EXCITE_SCHEMA,
+    CheckedBlock,
+    ConvBn,
+    SqueezeExcite,
+    check_bn,
+    check_conv_bn,
+    check_pointwise,
+    check_residual,
+    check_squeeze_excite,
+    conv_bn_schema,
+    flat_conv_bn,
+    flat_squeeze_excite,
+    kernel_stages,
+    names_of,
+    pointwise,
+    remembered,
+    to_autocast,
+)
 from effnet_kernels.ops.depthwise_conv_bn_act import check_padding, check_stride, output_hw
 from effnet_kernels.ops.depthwise_conv_bn_act import check_weight as check_depthwise_weight
 from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
 from effnet_kernels.ops.mbconv_cost import fuses_expand
 from effnet_kernels.ops.pointwise_conv_bn_act import allows_tf32
-from effnet_kernels.ops.pointwise_conv_bn_act import reference as pointwise_reference
-from effnet_kernels.ops.squeeze_excite import check_weights as check_squeeze_excite_weights
-from effnet_kernels.ops.squeeze_excite import codes as squeeze_excite_codes
-from effnet_kernels.ops.squeeze_excite import kernel_weights
 from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
 
 OP = "mbconv"
-_CODES = {activation.name: int(activation) for activation in Activation}
-
-
-class ConvBn(NamedTuple):
-    """A convolution without bias, the BN after it, and an activation.
-
-    Attributes:
-        weight: (K, C, 1, 1) or (K, C) of expand and project, (C, 1, k, k) of the depthwise
-            convolution; the input's dtype.
-        running_mean: (K,); None is for ``mbconv_train`` with batch statistics.
-        running_var: (K,), biased; likewise.
-        bn_weight: (K,) or None for ones.
-        bn_bias: (K,) or None for zeros.
-        eps: added to the variance.
-        activation: an activation's name.
-    """
-
-    weight: Tensor
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    bn_weight: Tensor | None = None
-    bn_bias: Tensor | None = None
-    eps: float = 1e-5
-    activation: str = "identity"
-
-
-class SqueezeExcite(NamedTuple):
-    """Squeeze-and-excitation between the depthwise convolution and project.
-
-    Attributes:
-        reduce_weight: (S, C) or (S, C, 1, 1), floating point.
-        reduce_bias: (S,) or None.
-        expand_weight: (C, S) or (C, S, 1, 1).
-        expand_bias: (C,) or None.
-        activation: of the hidden values: relu, silu or hardswish.
-        gate: sigmoid or hardsigmoid.
-    """
-
-    reduce_weight: Tensor
-    reduce_bias: Tensor | None
-    expand_weight: Tensor
-    expand_bias: Tensor | None
-    activation: str = "silu"
-    gate: str = "sigmoid"
 
 
 def mbconv(
@@ -153,8 +123,7 @@ def mbconv(
             block = mbconv(
                 input.to(low), expand, depthwise, squeeze_excite, project, stride, padding
             )
-            if block.shape != input.shape:
-                raise no_residual(input, tuple(block.shape))
+            check_residual(True, input, tuple(block.shape))
             return block + input
         input = input.to(low)
         expand, depthwise, project = to_autocast(low, expand, depthwise, project)
@@ -174,14 +143,6 @@ def mbconv(
         allows_tf32(input),
     )
     return result  # type: ignore[no-any-return]
-
-
-def no_residual(input: Tensor, shape: tuple[int, ...]) -> ValueError:
-    """The error where the input cannot be added to an output of ``shape``."""
-    return ValueError(
-        f"residual: got True, expected False where the output has shape {shape} and the input "
-        f"{tuple(input.shape)}"
-    )
 
 
 def _as_given(
@@ -205,12 +166,12 @@ def _as_given(
         )
         result = _OPS[backends.CPU.name](
             input,
-            *_conv_bn_as_given(expand),
-            *_conv_bn_as_given(depthwise),
+            *flat_conv_bn(expand),
+            *flat_conv_bn(depthwise),
             stride,
             pads,
-            *_squeeze_excite_as_given(squeeze_excite),
-            *_conv_bn_as_given(project),
+            *flat_squeeze_excite(squeeze_excite),
+            *flat_conv_bn(project),
             residual,
             False,
         )
@@ -234,12 +195,6 @@ def reference(
 
     Arguments as there, checked; ``pads`` is (top, left, bottom, right).
     """
-
-    def pointwise(x: Tensor, conv: ConvBn) -> Tensor:
-        return pointwise_reference(
-            x, *conv, prologue=None, gate=None, residual=None, pool=False
-        ).output
-
     x = input if expand is None else pointwise(input, expand)
     weight, mean, var, bn_weight, bn_bias, eps, activation = depthwise
     x = depthwise_reference(
@@ -250,44 +205,6 @@ def reference(
         x = squeeze_excite_reference(x, *squeeze_excite, pooled=None)
     x = pointwise(x, project)
     return x + input if residual else x
-
-
-def to_autocast(low: torch.dtype, *convs: ConvBn | None) -> tuple[Any, ...]:
-    """``convs`` with their weights in ``low``; what is no ``ConvBn`` stays for the checks."""
-    has_weight = [isinstance(c, ConvBn) and isinstance(c.weight, Tensor) for c in convs]
-    weights = [c.weight for c, has in zip(convs, has_weight, strict=True) if c is not None and has]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        cast = [weight.to(low) for weight in weights]
-    elif all(weight.dtype == low for weight in weights):
-        return convs
-    else:  # in one launch
-        cast = [torch.empty_like(weight, dtype=low) for weight in weights]
-        torch._foreach_copy_(cast, weights)
-    left = iter(cast)
-    return tuple(
-        c._replace(weight=next(left)) if c is not None and has else c
-        for c, has in zip(convs, has_weight, strict=True)
-    )
-
-
-class CheckedBlock(NamedTuple):
-    """What the checks of a block find.
-
-    Attributes:
-        stride: of the depthwise convolution.
-        pads: its padding, (top, left, bottom, right).
-        shape: the output's.
-        as_given: the kernels read the tensors, the input apart, without a conversion.
-    """
-
-    stride: int
-    pads: tuple[int, int, int, int]
-    shape: tuple[int, int, int, int]
-    as_given: bool
-
-
-_CHECKED: dict[Any, tuple[Any, CheckedBlock]] = {}
-_MOST_CHECKED = 1024
 
 
 def check_block(
@@ -305,72 +222,13 @@ def check_block(
 ) -> CheckedBlock:
     """The arguments of ``mbconv`` are right.
 
-    What is checked once is remembered: the checks read nothing but what ``_properties`` does, and
-    take longer than the launches that they precede. ``statistics``: running ones are needed.
-    ``cast``: the op casts the convolutions' weights to the input's dtype itself.
-
     Raises:
         TypeError, ValueError: as ``mbconv``.
     """
-    arguments = (input, expand, depthwise, squeeze_excite, project, stride, padding, residual)
-    # Not where shapes may be symbols, which a comparison would turn into constants, nor with a
-    # padding that can change.
-    if (
-        input.__class__ is not Tensor
-        or padding.__class__ not in (int, str, tuple)
-        or torch.compiler.is_compiling()
-    ):
-        return _check_block(*arguments, statistics, cast)
-    try:
-        properties = (*_properties(*arguments), statistics, cast)
-        key = (id(depthwise.weight), input.shape)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # for the checks to word
-        return _check_block(*arguments, statistics, cast)
-    known = _CHECKED.get(key)
-    if known is not None and known[0] == properties:
-        return known[1]
-    checked = _check_block(*arguments, statistics, cast)
-    given = checked._replace(as_given=True)
-    block = arguments[:5]
-    if all(
-        read is tensor
-        for read, tensor in zip(
-            kernel_block(*block, checked), kernel_block(*block, given), strict=True
-        )
-        if isinstance(tensor, Tensor)
-    ):
-        checked = given
-    if len(_CHECKED) >= _MOST_CHECKED:
-        _CHECKED.clear()
-    _CHECKED[key] = properties, checked
-    return checked
-
-
-def _properties(
-    input: Tensor,
-    expand: ConvBn | None,
-    depthwise: ConvBn,
-    squeeze_excite: SqueezeExcite | None,
-    project: ConvBn,
-    stride: int,
-    padding: int | str | Sequence[int],
-    residual: bool,
-) -> list[Any]:
-    """All of the arguments that their being right depends on."""
-    groups = (expand, depthwise, squeeze_excite, project)
-    given = [group for group in groups if group is not None]
-    tensors: list[Any] = []
-    for group in given:
-        tensors += group[: 4 if group is squeeze_excite else 5]
-    return [
-        input.shape, input.dtype, input.device, stride.__class__, stride, padding, residual,
-        *map(type, groups),
-        *(group[-2:] for group in given),
-        *[
-            None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous())
-            for t in tensors
-        ],
-    ]  # fmt: skip
+    return remembered(
+        _check_block, depthwise, input, (expand, depthwise, squeeze_excite, project), stride,
+        padding, residual, statistics, cast,
+    )  # fmt: skip
 
 
 def _check_block(
@@ -387,55 +245,19 @@ def _check_block(
 ) -> CheckedBlock:
     channels = input.shape[1]
     if expand is not None:
-        _check_pointwise("expand", expand, input, channels, statistics, cast)
+        check_pointwise("expand", expand, input, channels, statistics, cast)
         channels = expand.weight.shape[0]
-    _check_conv_bn("depthwise", depthwise)
+    check_conv_bn("depthwise", depthwise)
     check_depthwise_weight("depthwise.weight", depthwise.weight, input, channels, cast=cast)
-    _check_bn("depthwise", depthwise, channels, input.device, statistics)
+    check_bn("depthwise", depthwise, channels, input.device, statistics)
     stride = check_stride(stride)
     pads = check_padding(padding, input, depthwise.weight.shape[2], stride)
-    if squeeze_excite is not None:
-        if not isinstance(squeeze_excite, SqueezeExcite):
-            raise TypeError(
-                f"squeeze_excite: got {type(squeeze_excite).__name__}, expected a SqueezeExcite "
-                "or None"
-            )
-        check_squeeze_excite_weights(*squeeze_excite[:4], channels, input.device)
-        squeeze_excite_codes(*squeeze_excite[4:])
-    _check_pointwise("project", project, input, channels, statistics, cast)
-    n, in_channels, height, width = input.shape
+    check_squeeze_excite(squeeze_excite, channels, input.device)
+    check_pointwise("project", project, input, channels, statistics, cast)
     out_h, out_w = output_hw(input, depthwise.weight, stride, pads)
-    shape = (n, project.weight.shape[0], out_h, out_w)
-    if residual and shape != (n, in_channels, height, width):
-        raise no_residual(input, shape)
+    shape = (input.shape[0], project.weight.shape[0], out_h, out_w)
+    check_residual(residual, input, shape)
     return CheckedBlock(stride, pads, shape, as_given=False)
-
-
-def _check_conv_bn(argument: str, conv: ConvBn) -> None:
-    if not isinstance(conv, ConvBn):
-        raise TypeError(f"{argument}: got {type(conv).__name__}, expected a ConvBn")
-
-
-def _check_pointwise(
-    argument: str, conv: ConvBn, input: Tensor, channels: int, statistics: bool, cast: bool
-) -> None:
-    _check_conv_bn(argument, conv)
-    checks.check_pointwise_weight(f"{argument}.weight", conv.weight, input, channels, cast=cast)
-    _check_bn(argument, conv, conv.weight.shape[0], input.device, statistics)
-
-
-def _check_bn(
-    argument: str, conv: ConvBn, channels: int, device: torch.device, statistics: bool
-) -> None:
-    for name in ("running_mean", "running_var", "bn_weight", "bn_bias"):
-        vector = getattr(conv, name)
-        if vector is None and statistics and name.startswith("running"):
-            raise TypeError(f"{argument}.{name}: got None, expected a Tensor")
-        checks.check_channel_vector(
-            f"{argument}.{name}", vector, channels, device, f"the rows of {argument}.weight"
-        )
-    checks.check_eps(f"{argument}.eps", conv.eps)
-    activation_code(f"{argument}.activation", conv.activation)
 
 
 def kernel_block(
@@ -450,41 +272,18 @@ def kernel_block(
 
     Weights keep their dtype.
     """
-    if checked.as_given:
-        return (
-            *_conv_bn_as_given(expand),
-            *_conv_bn_as_given(depthwise),
-            checked.stride,
-            checked.pads,
-            *_squeeze_excite_as_given(squeeze_excite),
-            *_conv_bn_as_given(project),
-        )
-    convs = [_kernel_conv_bn(conv, input) for conv in (expand, depthwise, project)]
-    if squeeze_excite is not None:
-        weights = kernel_weights(squeeze_excite[:4], input.dtype)
-        squeeze_excite = SqueezeExcite(*weights, *squeeze_excite[4:])
-    given = checked._replace(as_given=True)
-    return kernel_block(input, convs[0], convs[1], squeeze_excite, convs[2], given)
-
-
-def _kernel_conv_bn(conv: ConvBn | None, input: Tensor) -> Any:
-    if conv is None:
-        return None
-    mean, var, bn_weight, bn_bias = (checks.kernel_vector(vector, input) for vector in conv[1:5])
-    return ConvBn(conv.weight.contiguous(), mean, var, bn_weight, bn_bias, *conv[5:])
-
-
-def _conv_bn_as_given(conv: ConvBn | None) -> tuple[Any, ...]:
-    if conv is None:
-        return (None, None, None, None, None, 0.0, 0)
-    return (*conv[:6], _CODES[conv.activation])
-
-
-def _squeeze_excite_as_given(squeeze_excite: SqueezeExcite | None) -> tuple[Any, ...]:
-    if squeeze_excite is None:
-        return (None, None, None, None, 0, _CODES["sigmoid"])
-    _, _, _, _, activation, gate = squeeze_excite
-    return (*squeeze_excite[:4], _CODES[activation], _CODES[gate])
+    stages = (expand, depthwise, squeeze_excite, project)
+    if not checked.as_given:
+        stages = kernel_stages(stages, input)
+    expand, depthwise, squeeze_excite, project = stages
+    return (
+        *flat_conv_bn(expand),
+        *flat_conv_bn(depthwise),
+        checked.stride,
+        checked.pads,
+        *flat_squeeze_excite(squeeze_excite),
+        *flat_conv_bn(project),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -498,25 +297,11 @@ def block_arguments(statistics: str) -> str:
     Args:
         statistics: the type of running means and variances.
     """
-
-    def conv(stage: str, weight: str, vectors: str) -> str:
-        return (
-            f"{weight} {stage}_weight, {vectors} {stage}_mean, {vectors} {stage}_var, "
-            f"Tensor? {stage}_bn_weight, Tensor? {stage}_bn_bias, float {stage}_eps, "
-            f"int {stage}_activation"
-        )
-
     return (
-        f"Tensor input, {conv('expand', 'Tensor?', 'Tensor?')}, "
-        f"{conv('depthwise', 'Tensor', statistics)}, int stride, SymInt[4] padding, "
-        "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
-        f"int se_activation, int gate_activation, {conv('project', 'Tensor', statistics)}"
+        f"Tensor input, {conv_bn_schema('expand', 'Tensor?', 'Tensor?')}, "
+        f"{conv_bn_schema('depthwise', 'Tensor', statistics)}, int stride, SymInt[4] padding, "
+        f"{SQUEEZE_EXCITE_SCHEMA}, {conv_bn_schema('project', 'Tensor', statistics)}"
     )
-
-
-def names_of(arguments: str) -> tuple[str, ...]:
-    """The names in a schema's list of arguments."""
-    return tuple(argument.split()[-1] for argument in arguments.split(", "))
 
 
 _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"

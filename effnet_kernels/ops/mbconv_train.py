@@ -54,18 +54,17 @@ from effnet_kernels.ops.batch_norm_act import (
     standardise_out,
 )
 from effnet_kernels.ops.batch_norm_act import reference as batch_norm_reference
-from effnet_kernels.ops.depthwise_conv_bn_act import output_hw
-from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
-from effnet_kernels.ops.mbconv import (
+from effnet_kernels.ops.block import (
     ConvBn,
     SqueezeExcite,
-    block_arguments,
-    check_block,
-    kernel_block,
+    Statistics,
+    check_residual,
     names_of,
-    no_residual,
     to_autocast,
 )
+from effnet_kernels.ops.depthwise_conv_bn_act import output_hw
+from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
+from effnet_kernels.ops.mbconv import block_arguments, check_block, kernel_block
 from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
 
 OP = "mbconv_train"
@@ -74,20 +73,6 @@ _PROJECT_FROM_CONV = ("cpu",)
 GPU it has not been measured.
 """
 _IDENTITY = 0
-
-
-class Statistics(NamedTuple):
-    """A batch's, for the caller to update running ones with.
-
-    Attributes:
-        mean: (C,) float32.
-        var: (C,) float32, biased.
-        elements: of a channel.
-    """
-
-    mean: Tensor
-    var: Tensor
-    elements: int
 
 
 class MbconvTrainOutput(NamedTuple):
@@ -151,8 +136,7 @@ def mbconv_train(
                 input.to(low), expand, depthwise, squeeze_excite, project, stride, padding,
                 training=training, sample_scale=sample_scale,
             )  # fmt: skip
-            if block.output.shape != input.shape:
-                raise no_residual(input, tuple(block.output.shape))
+            check_residual(True, input, tuple(block.output.shape))
             return block._replace(output=block.output + input)
         input = input.to(low)
     checked = check_block(
