@@ -112,6 +112,21 @@ EFFNET_DEVICE void copy_tile(char* tile, int rows, int first, int channels, bool
   });
 }
 
+// Starts to copy a vector to shared memory, or zeros, where it does not exist (count <= 0). Without
+// `vectors` its first `count` elements are copied at once, one after another, which takes no
+// registers of those that hold accumulators.
+template <class T>
+EFFNET_DEVICE void copy_some(char* to, const T* from, int count, bool vectors) {
+  if (vectors) {
+    copy_async(to, from, count > 0 ? 16 : 0);
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kTileVector<T>; ++i) {
+    reinterpret_cast<T*>(to)[i] = i < count ? from[i] : from_float<T>(0.f);
+  }
+}
+
 // d += a * b of one step. Float32 operands are rounded to TF32, or, `exact`, split into a TF32
 // number and the TF32 number nearest to what it lacks: of the four products of such pairs the
 // smallest is below the rounding of float32. The tensor cores round towards zero as they
@@ -146,6 +161,60 @@ EFFNET_DEVICE void multiply_step(float (&d)[4], const uint32_t (&a)[4], uint32_t
   }
 }
 
+// The place of a step's vectors in the row of a tile, given that of the first step's: a tile's rows
+// are aligned to their length, and their places differ in these bits only. (By way of the offset
+// in shared memory, which takes one register, not two.)
+EFFNET_DEVICE const char* tile_step(const char* first, int step) {
+  const char* const shared = reinterpret_cast<const char*>(dynamic_shared_memory);
+  return shared + (static_cast<int>(first - shared) ^ step * kStepBytes);
+}
+
+// acc[m][n] += the product of one step: of the fragments a[m] with rows 8 n ... of a tile, whose
+// lanes' places in that step are `b`. kAll: all columns are wanted.
+template <class T, bool kAll, int kRowFragments, int kColumnFragments>
+EFFNET_DEVICE void multiply_fragments(float (&acc)[kRowFragments][kColumnFragments][4],
+                                      const uint32_t (&a)[kRowFragments][4], const char* b,
+                                      int columns, bool exact) {
+  static_assert(kColumnFragments % 2 == 0, "fragments of b are loaded in pairs");
+#pragma unroll
+  for (int n = 0; n < kColumnFragments; n += 2) {
+    if (!kAll && n * 8 >= columns) break;
+    uint32_t words_b[4];
+    load_matrices<false>(words_b, b + n * 8 * kTileRowBytes);
+#pragma unroll
+    for (int m = 0; m < kRowFragments; ++m) {
+      multiply_step<T>(acc[m][n], a[m], words_b[0], words_b[1], exact);
+      multiply_step<T>(acc[m][n + 1], a[m], words_b[2], words_b[3], exact);
+    }
+  }
+}
+
+// acc[m][n] += the product of rows 16 m ... of an operand with rows 8 n ... of a tile, over `depth`
+// channels of both. place_a(step, m) is the lane's place in the first operand, `b` its place in the
+// tile in the first step. kAll: all of the tile's depth and all columns are wanted.
+template <class T, bool kAll, int kRowFragments, int kColumnFragments, class PlaceA>
+EFFNET_DEVICE void multiply_steps(float (&acc)[kRowFragments][kColumnFragments][4],
+                                  const PlaceA& place_a, const char* b, int depth, int columns,
+                                  bool exact) {
+#pragma unroll
+  for (int step = 0; step < kTileSteps; ++step) {
+    if (!kAll && step * kStepDepth<T> >= depth) break;
+    uint32_t words_a[kRowFragments][4];
+#pragma unroll
+    for (int m = 0; m < kRowFragments; ++m) load_matrices<false>(words_a[m], place_a(step, m));
+    multiply_fragments<T, kAll>(acc, words_a, tile_step(b, step), columns, exact);
+  }
+}
+
+// The row and the vector of the first step that a lane gives for a fragment of a: matrices are rows
+// 0 - 7 and 8 - 15 of the step's first 16 bytes, then of the second. For two fragments of b: the
+// step's first and second 16 bytes of rows 0 - 7, then of 8 - 15.
+struct LanePlace {
+  int row, v;
+};
+EFFNET_DEVICE LanePlace lane_place_a(int lane) { return {lane % 16, lane / 16}; }
+EFFNET_DEVICE LanePlace lane_place_b(int lane) { return {lane % 8 + lane / 16 * 8, lane / 8 % 2}; }
+
 // acc[m][n] += the product of rows 16 m ... of the tile a and rows 8 n ... of the tile b, over
 // `depth` channels of both. `a` and `b` point at the warp's first rows, multiples of 8. Of the
 // columns (rows of b) only `columns` are wanted: pairs of fragments beyond are left out.
@@ -154,36 +223,46 @@ EFFNET_DEVICE void multiply_step(float (&d)[4], const uint32_t (&a)[4], uint32_t
 template <class T, int kRowFragments, int kColumnFragments>
 EFFNET_DEVICE void multiply_tiles(float (&acc)[kRowFragments][kColumnFragments][4], char* a,
                                   char* b, int depth, int columns, bool exact) {
-  static_assert(kColumnFragments % 2 == 0, "fragments of b are loaded in pairs");
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // Matrices of a: rows 0 - 7 and 8 - 15 of the step's first 16 bytes, then of the second. Of b:
-  // the step's first and second 16 bytes of rows 0 - 7, then of 8 - 15.
-  const char* const lane_a = a + tile_offset(lane % 16, lane / 16);
-  const char* const lane_b = b + tile_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  // A tile's rows are aligned to their length: the places of a row differ in these bits only.
-  const auto place = [](const char* first, int step) {
-    return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(first) ^ step * kStepBytes);
-  };
+  const LanePlace of_a = lane_place_a(lane), of_b = lane_place_b(lane);
+  const char* const lane_a = a + tile_offset(of_a.row, of_a.v);
+  multiply_steps<T, false>(
+      acc,
+      [&](int step, int m) { return tile_step(lane_a, step) + m * kFragmentRows * kTileRowBytes; },
+      b + tile_offset(of_b.row, of_b.v), depth, columns, exact);
+}
+
+// A warp's results on their way to memory: 16 rows by up to 64 columns of float32 go through shared
+// memory, so that a lane has 8 neighbouring columns of a row. The first four of every eight columns
+// lie there, then the second four, so that neither the lanes that write two columns of eight rows
+// nor those that read four columns hit a bank twice.
+constexpr int kResultColumns = 64;
+constexpr int kLaneColumns = 8;
+constexpr int kResultHalf = kResultColumns / 2 + 4;  // floats
+constexpr int kResultPitch = 72;
+static_assert(kResultPitch >= kResultHalf + kResultColumns / 2 && kResultPitch % 32 == 8);
+constexpr int kResultFloats = kFragmentRows * kResultPitch;  // of a warp
+
+// Fragments kFirst ... of acc, to columns 0 ...
+template <int kFirst, int N>
+EFFNET_DEVICE void store_fragments(float* results, const float (&acc)[N][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float* const write =
+      results + lane / 4 * kResultPitch + lane % 4 / 2 * kResultHalf + lane % 2 * 2;
 #pragma unroll
-  for (int step = 0; step < kTileSteps; ++step) {
-    if (step * kStepDepth<T> >= depth) break;
-    uint32_t words_a[kRowFragments][4];
-#pragma unroll
-    for (int m = 0; m < kRowFragments; ++m) {
-      load_matrices<false>(words_a[m], place(lane_a, step) + m * kFragmentRows * kTileRowBytes);
-    }
-#pragma unroll
-    for (int n = 0; n < kColumnFragments; n += 2) {
-      if (n * 8 >= columns) break;
-      uint32_t words_b[4];
-      load_matrices<false>(words_b, place(lane_b, step) + n * 8 * kTileRowBytes);
-#pragma unroll
-      for (int m = 0; m < kRowFragments; ++m) {
-        multiply_step<T>(acc[m][n], words_a[m], words_b[0], words_b[1], exact);
-        multiply_step<T>(acc[m][n + 1], words_a[m], words_b[2], words_b[3], exact);
-      }
-    }
+  for (int n = kFirst; n < N && n < kFirst + kResultColumns / 8; ++n) {
+    const auto two = [&](int i) { return Floats<2>{{acc[n][i], acc[n][i + 1]}}; };
+    store<float, 2>(write + 4 * (n - kFirst), two(0));
+    store<float, 2>(write + 4 * (n - kFirst) + 8 * kResultPitch, two(2));
   }
+}
+
+EFFNET_DEVICE Floats<kLaneColumns> load_results(const float* results, int row, int column) {
+  const float* const read = results + row * kResultPitch + column / 2;
+  Floats<kLaneColumns> x;
+  set_slice(x, 0, load<4>(read));
+  set_slice(x, 1, load<4>(read + kResultHalf));
+  return x;
 }
 
 // Waits until at most `pending` of the thread's last groups of copies are on their way.

@@ -26,17 +26,10 @@
 
 namespace effnet::cuda {
 
-constexpr int kWarpColumns = 64;
-constexpr int kLaneColumns = 8;
+constexpr int kWarpColumns = kResultColumns;
 constexpr int kColumnFragments = kWarpColumns / 8;
 
-// Where a warp's results wait, in floats: the first four of every eight columns, then the second
-// four, so that neither the lanes that write two columns of eight rows nor those that read four
-// columns hit a bank twice.
-constexpr int kResultHalf = kWarpColumns / 2 + 4;
-constexpr int kResultPitch = 72;
-static_assert(kResultPitch >= kResultHalf + kWarpColumns / 2 && kResultPitch % 32 == 8);
-constexpr int kWarpResultBytes = kFragmentRows * kResultPitch * static_cast<int>(sizeof(float));
+constexpr int kWarpResultBytes = kResultFloats * static_cast<int>(sizeof(float));
 
 // How a block's warps lie on its tile, and the blocks that a multiprocessor is to hold.
 template <int kWarpRows_, int kWarpsDown_, int kWarpsAcross_, int kBlocks_>
@@ -237,14 +230,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
       return row * a.out_channels + same.first_column + same.warp_column + column;
     };
     __syncwarp();
-    float* const write =
-        results + lane / 4 * kResultPitch + lane % 4 / 2 * kResultHalf + lane % 2 * 2;
-#pragma unroll
-    for (int n = 0; n < kColumnFragments; ++n) {
-      const auto two = [&](int i) { return Floats<2>{{acc[m][n][i], acc[m][n][i + 1]}}; };
-      store<float, 2>(write + 4 * n, two(0));
-      store<float, 2>(write + 4 * n + 8 * kResultPitch, two(2));
-    }
+    store_fragments<0>(results, acc[m]);
     __syncwarp();
     const Floats<kLaneColumns> bn_scale =
         load_floats<kLaneColumns>(scales + same.warp_column + column);
@@ -264,11 +250,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         const int row = min(lane / lanes + (turn + i) * row_lanes, kFragmentRows - 1);
-        const float* const read = results + row * kResultPitch + column / 2;
-        Floats<kLaneColumns> sum;
-        set_slice(sum, 0, load<4>(read));
-        set_slice(sum, 1, load<4>(read + kResultHalf));
-        set_slice(y, i, multiply_add(sum, bn_scale, bn_shift));
+        set_slice(y, i, multiply_add(load_results(results, row, column), bn_scale, bn_shift));
       }
       y = activate<Math<T, kUnroll * kLaneColumns>>(a.activation, y);
 #pragma unroll

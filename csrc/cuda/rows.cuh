@@ -34,6 +34,17 @@ EFFNET_DEVICE int block_index() {
 #endif
 }
 
+// threadIdx.x, likewise.
+EFFNET_DEVICE int thread_index() {
+#ifdef __CUDA_ARCH__
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // Blocks that a multiprocessor is to hold: they leave a thread 48 and 80 registers. With fewer for
 // vectors, the compiler delays loads of the rows in flight until it has used others.
 template <int V>

@@ -48,11 +48,13 @@ from ops.test_squeeze_excite import test_gate_is_the_gate as check_gate
 
 from effnet_kernels import backends
 from effnet_kernels.activations import Activation
-from effnet_kernels.ops import library
+from effnet_kernels.ops import ConvBn, library
+from effnet_kernels.ops.block import pointwise as pointwise_of_block
 from effnet_kernels.ops.mbconv_cost import fuse_expand
 
 op = importlib.import_module("effnet_kernels.ops.depthwise_conv_bn_act")
 batch_norm_act = importlib.import_module("effnet_kernels.ops.batch_norm_act")
+fused_mbconv = importlib.import_module("effnet_kernels.ops.fused_mbconv")
 mbconv = importlib.import_module("effnet_kernels.ops.mbconv")
 mbconv_train = importlib.import_module("effnet_kernels.ops.mbconv_train")
 pointwise = importlib.import_module("effnet_kernels.ops.pointwise_conv_bn_act")
@@ -67,7 +69,8 @@ for _name, _implementation in (
     (op.OP, op._inference), (f"{op.OP}_train", op._train), (f"{op.OP}_backward", op._backward),
     (batch_norm_act.OP, batch_norm_act._forward),
     (f"{batch_norm_act.OP}_backward", batch_norm_act._backward),
-    (mbconv.OP, mbconv._inference), (pointwise.OP, pointwise._inference),
+    (fused_mbconv.OP, fused_mbconv._inference), (mbconv.OP, mbconv._inference),
+    (pointwise.OP, pointwise._inference),
     (mbconv_train.OP, mbconv_train._forward),
     (f"{mbconv_train.OP}_backward", mbconv_train._backward),
     (squeeze_excite.OP, squeeze_excite._forward),
@@ -607,6 +610,172 @@ def test_mbconv_error_rule(case: MbconvCase, dtype: torch.dtype, fused: bool) ->
     """The block as a whole, with the expansion in the depthwise convolution's launch or before."""
     with fuse_expand(fused):
         check_mbconv(case, dtype, "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedCase:
+    """One call of the Fused-MBConv kernel; ``features`` 0: no second product."""
+
+    batch: int
+    channels: int
+    middle: int
+    features: int
+    height: int
+    width: int
+    kernel: int = 3
+    stride: int = 1
+    pads: tuple[int, int, int, int] = (1, 1, 1, 1)
+    residual: bool = False
+    pool: bool = False
+    expand_activation: str = "silu"
+    activation: str = "identity"
+
+    def __str__(self) -> str:
+        words = [
+            f"{self.batch}x{self.channels}x{self.height}x{self.width}",
+            f"m{self.middle}",
+            f"k{self.features}",
+            f"{self.kernel}x{self.kernel}",
+            f"stride{self.stride}",
+            f"pads{'.'.join(map(str, self.pads))}",
+            self.expand_activation,
+            self.activation,
+        ]
+        words += ["residual"] if self.residual else []
+        words += ["pool"] if self.pool else []
+        return "-".join(words)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(OH, OW)."""
+        top, left, bottom, right = self.pads
+        return (
+            (self.height + top + bottom - self.kernel) // self.stride + 1,
+            (self.width + left + right - self.kernel) // self.stride + 1,
+        )
+
+
+def make_fused_arguments(case: FusedCase, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The call's tensors by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def image(*shape: int) -> torch.Tensor:
+        return random(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    c, m, features, k = case.channels, case.middle, case.features, case.kernel
+    tensors = {
+        "input": image(case.batch, c, case.height, case.width),
+        "expand_weight": image(m, c, k, k) / (c**0.5 * k),
+    }
+    if features:
+        tensors["project_weight"] = (random(features, m) / m**0.5).to(dtype)
+    if case.residual:
+        tensors["residual"] = image(case.batch, features or m, *case.size)
+    for prefix, channels in (("expand", m), ("project", features)):
+        if channels:
+            tensors |= {
+                f"{prefix}_mean": (random(channels) * 0.1).float(),
+                f"{prefix}_var": (random(channels).abs() + 0.5).float(),
+                f"{prefix}_bn_weight": (random(channels).abs() + 0.5).float(),
+                f"{prefix}_bn_bias": (random(channels) * 0.3).float(),
+            }
+    return tensors
+
+
+def run_fused(
+    case: FusedCase, tensors: dict[str, torch.Tensor], allow_tf32: bool = False
+) -> dict[str, torch.Tensor]:
+    """The kernel's results by name, in tensors that were NaN before."""
+    channels = case.features or case.middle
+    output = torch.full((case.batch, channels, *case.size), torch.nan, dtype=tensors["input"].dtype)
+    output = output.contiguous(memory_format=torch.channels_last)
+    pooled = torch.full((case.batch, case.middle), torch.nan) if case.pool else None
+
+    def bn(prefix: str) -> list[torch.Tensor | None]:
+        names = ("mean", "var", "bn_weight", "bn_bias")
+        return [tensors.get(f"{prefix}_{name}") for name in names]
+
+    torch.ops.effnet_kernels_emulator.fused_mbconv_out(
+        tensors["input"], tensors["expand_weight"], *bn("expand"), 1e-3,
+        int(Activation[case.expand_activation]), case.stride, *case.pads[:2],
+        tensors.get("project_weight"), *bn("project"), 1e-5, int(Activation[case.activation]),
+        tensors.get("residual"), allow_tf32, output, pooled,
+    )  # fmt: skip
+    return {"output": output} if pooled is None else {"output": output, "pooled": pooled}
+
+
+def fused_reference(case: FusedCase, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same in PyTorch's own ops."""
+
+    def conv_bn(weight: str, prefix: str, eps: float, activation: str) -> ConvBn:
+        names = ("mean", "var", "bn_weight", "bn_bias")
+        return ConvBn(
+            tensors[weight], *(tensors[f"{prefix}_{name}"] for name in names), eps, activation
+        )
+
+    z = fused_mbconv.reference(
+        tensors["input"], conv_bn("expand_weight", "expand", 1e-3, case.expand_activation),
+        None, None, case.stride, case.pads, residual=False,
+    )  # fmt: skip
+    y = z
+    if case.features:
+        y = pointwise_of_block(z, conv_bn("project_weight", "project", 1e-5, case.activation))
+    if case.residual:
+        y = y + tensors["residual"]
+    if not case.pool:
+        return {"output": y}
+    return {"output": y, "pooled": z.to(torch.promote_types(z.dtype, torch.float32)).sum((2, 3))}
+
+
+def check_fused(case: FusedCase, dtype: torch.dtype) -> None:
+    """Results are at most 2x eager's own error from float64."""
+    tensors = make_fused_arguments(case, dtype)
+    ours, eager = run_fused(case, tensors), fused_reference(case, tensors)
+    exact = fused_reference(case, {name: tensor.double() for name, tensor in tensors.items()})
+    for name, result in ours.items():
+        assert_error_rule(
+            f"{name} of {case}", result, eager[name], exact[name], result.dtype, FORWARD
+        )
+
+
+_draw = random.Random(4).choice
+# Kernel sizes, strides and padding with whole vectors of channels and others, one group of middle
+# channels and several, and output channels of each number of fragments.
+FUSED_CASES = [
+    FusedCase(
+        1 if size[0] > 9 else _draw((1, 2)),
+        *channels,
+        *size,
+        kernel,
+        stride,
+        pads,
+        residual=_draw((True, False)),
+        pool=channels[2] == 0 and _draw((True, True, False)),
+        expand_activation=_draw(("silu", "relu", "relu6", "hardswish", "identity", "sigmoid")),
+        activation=_draw(("identity", "identity", "silu")),
+    )
+    for (kernel, stride, size), channels, pads in zip(
+        itertools.product((3, 5, 7), (1, 2), ((9, 11), (21, 18), (5, 3), (2, 20))),
+        itertools.cycle(
+            ((24, 96, 24), (16, 200, 40), (13, 29, 11), (24, 24, 0), (8, 72, 90), (5, 130, 0))
+        ),
+        itertools.cycle(((1, 1, 1, 1), (0, 1, 2, 1), (2, 1, 3, 0))),
+        strict=False,
+    )
+    for pads in [tuple(min(pad, kernel - 1) for pad in pads)]
+    if min(size[0] + pads[0] + pads[2], size[1] + pads[1] + pads[3]) >= kernel
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*zip(FUSED_CASES, itertools.cycle(DTYPES), strict=False)], ids=str
+)
+def test_fused_mbconv_shapes(case: FusedCase, dtype: torch.dtype, multiprocessors: int) -> None:
+    """Tiles for throughput and for few pixels; see FUSED_CASES."""
+    check_fused(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -74,7 +74,7 @@ namespace cuda_emulator {
 namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
-constexpr unsigned kMostCopies = 64;
+constexpr unsigned kMostCopies = 256;
 
 // Pointers first: nearly always the same literal.
 bool equal(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }

@@ -1,0 +1,3 @@
+#include "fused_mbconv_launches.cuh"
+
+template struct effnet::cuda::FusedLaunches<__nv_bfloat16>;
