@@ -101,7 +101,7 @@ struct FusedTiling {
   int stages;
   // In shared memory, in bytes: sizes, then offsets.
   int stage_bytes, halo_bytes;
-  int project, halo, table, windows, pixels, scales, results, bytes;
+  int project, halo, table, sources, windows, pixels, scales, results, bytes;
   // What can be read in 16 bytes: x and the weights; output and residual 8 elements at a time.
   bool vectors, expand_vectors, project_vectors, output_vectors;
 };
@@ -152,14 +152,17 @@ EFFNET_DEVICE void fill_tables(const FusedMbconv& a, const FusedTiling& t) {
   const ConvShape& shape = a.shape;
   char* const shared = reinterpret_cast<char*>(dynamic_shared_memory);
   int* const table = reinterpret_cast<int*>(shared + t.table);
+  int* const sources = reinterpret_cast<int*>(shared + t.sources);
   for (int i = threadIdx.x; i < t.slice_chunks * kTileVectors; i += Sizes::kThreads) {
     const int tap = i / t.slice_vectors;
     const int row = tap / shape.kernel, column = tap - row * shape.kernel;
     const int offset = row * t.line_pitch +
                        column_place(column, shape.stride, t.odd_columns) * t.pixel_pitch +
                        (i - tap * t.slice_vectors) * 16;
+    const bool exists = i < t.row_vectors;
     table[i / kTileVectors * kTileVectors + i % 2 * kTileSteps + i % kTileVectors / 2] =
-        i < t.row_vectors ? offset : 0;
+        exists ? offset : 0;
+    sources[i] = exists ? tap << 16 | (i - tap * t.slice_vectors) : -1;
   }
   const FusedPlace place(a, t);
   int* const windows = reinterpret_cast<int*>(shared + t.windows);
@@ -198,52 +201,55 @@ EFFNET_DEVICE void copy_halo(const FusedMbconv& a, const FusedTiling& t, int sli
     const int channel = (slice * t.slice_vectors + v) * V;
     const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(shape.in_h) &&
                         static_cast<unsigned>(w) < static_cast<unsigned>(shape.in_w);
-    const int left = exists ? a.in_channels - channel : 0;
-    const T* from = x;
-    if (left > 0) {
-      from +=
+    SourceVector<T> from{x, exists ? a.in_channels - channel : 0};
+    if (from.left > 0) {
+      from.p +=
           (((place.first_n + image) * shape.in_h + h) * shape.in_w + w) * a.in_channels + channel;
     }
-    copy_some(halo + line * t.line_pitch +
-                  column_place(column, shape.stride, t.odd_columns) * t.pixel_pitch + v * 16,
-              from, left, t.vectors);
+    char* const to = halo + line * t.line_pitch +
+                     column_place(column, shape.stride, t.odd_columns) * t.pixel_pitch + v * 16;
+    if (t.vectors) {
+      copy_vector(to, from);
+    } else {
+      copy_elements(to, from);
+    }
   }
 }
 
-// Starts to copy a chunk of expand_weight's rows first_row ..., of which `rows` are wanted.
+// Starts to copy a chunk of a slice of expand_weight's rows first_row ..., of which `rows` are
+// wanted.
 template <class T>
 EFFNET_DEVICE void copy_expand(const FusedMbconv& a, const FusedTiling& t, char* tile,
                                int first_row, int rows, int slice, int chunk) {
   constexpr int V = kTileVector<T>;
-  const int taps = a.shape.kernel * a.shape.kernel;
-  const T* const weight = static_cast<const T*>(a.expand_weight);
-  const int first = chunk * kTileVectors;
-  for_tile_vectors(rows, tile_vectors<T>((t.row_vectors - first) * V),
-                   [&](int row, int v, int offset) {
-                     const int tap = (first + v) / t.slice_vectors;
-                     const int of_tap = slice * t.slice_vectors + first + v - tap * t.slice_vectors;
-                     const int left = tap < taps ? a.in_channels - of_tap * V : 0;
-                     const T* from = weight;
-                     if (left > 0) {
-                       from += (int64_t{first_row + row} * taps + tap) * a.in_channels + of_tap * V;
-                     }
-                     copy_some(tile + offset, from, left, t.expand_vectors);
-                   });
+  const int* const sources = reinterpret_cast<const int*>(
+      reinterpret_cast<const char*>(dynamic_shared_memory) + t.sources);
+  const int64_t pitch = int64_t{a.shape.kernel * a.shape.kernel} * a.in_channels;
+  const int vectors = tile_vectors<T>((t.row_vectors - chunk * kTileVectors) * V);
+  copy_rows<T>(tile, rows, vectors, pitch, t.expand_vectors, [&](int v) {
+    SourceVector<T> from{static_cast<const T*>(a.expand_weight) + first_row * pitch, 0};
+    const int source = sources[chunk * kTileVectors + v];
+    const int channel = (slice * t.slice_vectors + (source & 0xffff)) * V;
+    if (source >= 0 && channel < a.in_channels) {
+      from.p += int64_t{source >> 16} * a.in_channels + channel;
+      from.left = a.in_channels - channel;
+    }
+    return from;
+  });
 }
 
 // Starts to copy the columns first ... of project_weight's rows first_row ...
 template <class T>
 EFFNET_DEVICE void copy_project(const FusedMbconv& a, const FusedTiling& t, char* tile,
                                 int first_row, int rows, int first) {
-  constexpr int V = kTileVector<T>;
   const int channels = a.shape.channels;
-  const T* const weight = static_cast<const T*>(a.project_weight);
-  for_tile_vectors(rows, tile_vectors<T>(channels - first), [&](int row, int v, int offset) {
-    const int left = channels - first - v * V;
-    const T* from = weight;
-    if (left > 0) from += int64_t{first_row + row} * channels + first + v * V;
-    copy_some(tile + offset, from, left, t.project_vectors);
-  });
+  copy_rows<T>(tile, rows, tile_vectors<T>(channels - first), channels, t.project_vectors,
+               [&](int v) {
+                 const int left = channels - first - v * kTileVector<T>;
+                 const T* const row =
+                     static_cast<const T*>(a.project_weight) + int64_t{first_row} * channels;
+                 return SourceVector<T>{left > 0 ? row + channels - left : row, left};
+               });
 }
 
 // What BN does to the channels first ... of `channels`.
@@ -393,6 +399,7 @@ EFFNET_DEVICE void for_steps(const Body& body) {
 //     halo      (images, halo_h, halo_w) pixels; of two slices, if there are slices
 //     table     [chunk][half of a step][step]: where a vector of the reduction is, from a window's
 //               first pixel on
+//     sources   tap << 16 | vector of the slice of each vector of the reduction, -1 beyond the last
 //     windows   where the tile's rows have theirs in the halo
 //     pixels    line << 8 | column of each of the tile's rows, -1 for those that do not exist
 //     scales    scale and shift of `constants` middle channels, then of kColumns output channels
@@ -433,8 +440,9 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     groups = min(groups - first_group, t.part);
   }
   copy_halo<T, Sizes>(a, t, 0);
-  // While the pixels are on their way; the first chunk's barrier comes before these are read.
+  // While the pixels are on their way.
   fill_tables<Sizes>(a, t);
+  __syncthreads();
   fill_middle_scales(first_group);
   if constexpr (Sizes::kProject) {
     fill_scales<T, Sizes>(a.project_bn, output_column(), Sizes::kColumns, a.out_channels,

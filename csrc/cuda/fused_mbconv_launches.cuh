@@ -89,12 +89,15 @@ class FusedCandidate {
       };
       t.project = place(Sizes::kWarpsAcross * Sizes::kColumns * kTileRowBytes);
       t.halo = place((t.slices > 1 ? 2 : 1) * t.halo_bytes);
+      // What the results take the place of, if there is a second product, is done with.
+      t.results = Sizes::kProject ? 0 : end;
+      end = std::max(end, t.results + align(Sizes::kResultBytes, kTileRowBytes));
       t.table = place(t.slice_chunks * kTileVectors * static_cast<int>(sizeof(int)));
+      t.sources = place(t.slice_chunks * kTileVectors * static_cast<int>(sizeof(int)));
       t.windows = place(Sizes::kRows * static_cast<int>(sizeof(int)));
       t.pixels = place(Sizes::kRows * static_cast<int>(sizeof(int)));
       t.scales = place(scales);
-      t.results = Sizes::kProject ? 0 : place(Sizes::kResultBytes);
-      t.bytes = std::max(end, t.results + Sizes::kResultBytes);
+      t.bytes = end;
       if (t.bytes <= most) return true;
     }
     return false;

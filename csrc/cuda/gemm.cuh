@@ -39,19 +39,31 @@ EFFNET_DEVICE int tile_vectors(int depth) {
   return min((depth + kStepDepth<T> - 1) / kStepDepth<T> * (kStepBytes / 16), kTileVectors);
 }
 
+// A thread's part of the first `vectors` vectors of a tile's rows: vector v of every stride-th row.
+// 2, 4 or 8 threads share a row, so that the stride is a multiple of 8. Some threads may have none.
+struct TileThread {
+  int v, row, stride;
+
+  EFFNET_DEVICE explicit TileThread(int vectors) {
+    const int log_threads = vectors <= 2 ? 1 : vectors <= 4 ? 2 : 3;
+    v = static_cast<int>(threadIdx.x) & ((1 << log_threads) - 1);
+    row = static_cast<int>(threadIdx.x) >> log_threads;
+    stride = static_cast<int>(blockDim.x) >> log_threads;
+  }
+};
+
 // Calls body(row, v, tile_offset(row, v)) for this thread's part of the first `vectors` vectors of
-// `rows` rows: vector v of every stride-th row. 2, 4 or 8 threads share a row, so that the stride
-// is a multiple of 8.
+// `rows` rows.
 template <class Body>
 EFFNET_DEVICE void for_tile_vectors(int rows, int vectors, const Body& body) {
-  const int log_threads = vectors <= 2 ? 1 : vectors <= 4 ? 2 : 3;
-  const int v = static_cast<int>(threadIdx.x) & ((1 << log_threads) - 1);
-  const int stride = static_cast<int>(blockDim.x) >> log_threads;
-  int row = static_cast<int>(threadIdx.x) >> log_threads;
-  int offset = tile_offset(row, v);
-  if (v >= vectors) return;
+  const TileThread thread(vectors);
+  int row = thread.row;
+  int offset = tile_offset(row, thread.v);
+  if (thread.v >= vectors) return;
 #pragma unroll 1
-  for (; row < rows; row += stride, offset += stride * kTileRowBytes) body(row, v, offset);
+  for (; row < rows; row += thread.stride, offset += thread.stride * kTileRowBytes) {
+    body(row, thread.v, offset);
+  }
 }
 
 // V elements from p on, of which `count` exist; the others are zero. vectors: p is aligned to 16
@@ -112,18 +124,50 @@ EFFNET_DEVICE void copy_tile(char* tile, int rows, int first, int channels, bool
   });
 }
 
-// Starts to copy a vector to shared memory, or zeros, where it does not exist (count <= 0). Without
-// `vectors` its first `count` elements are copied at once, one after another, which takes no
-// registers of those that hold accumulators.
+// A row's vector in memory: the elements from p on, of which `left` exist.
 template <class T>
-EFFNET_DEVICE void copy_some(char* to, const T* from, int count, bool vectors) {
-  if (vectors) {
-    copy_async(to, from, count > 0 ? 16 : 0);
-    return;
-  }
+struct SourceVector {
+  const T* p;
+  int left;
+};
+
+// Starts to copy a vector to shared memory; what does not exist becomes zero.
+template <class T>
+EFFNET_DEVICE void copy_vector(char* to, const SourceVector<T>& from) {
+  copy_async(to, from.p, from.left > 0 ? 16 : 0);
+}
+
+// Copies a vector's elements at once, one after another, which takes no registers of those that
+// hold accumulators.
+template <class T>
+EFFNET_DEVICE void copy_elements(char* to, const SourceVector<T>& from) {
 #pragma unroll 1
   for (int i = 0; i < kTileVector<T>; ++i) {
-    reinterpret_cast<T*>(to)[i] = i < count ? from[i] : from_float<T>(0.f);
+    reinterpret_cast<T*>(to)[i] = i < from.left ? from.p[i] : from_float<T>(0.f);
+  }
+}
+
+// Starts to copy the first `vectors` vectors of `rows` rows into a tile. source(v) is the first
+// row's; the others are `pitch` elements further each. aligned: to 16 bytes.
+template <class T, class Source>
+EFFNET_DEVICE void copy_rows(char* tile, int rows, int vectors, int64_t pitch, bool aligned,
+                             const Source& source) {
+  const TileThread thread(vectors);
+  if (thread.v >= vectors) return;
+  SourceVector<T> from = source(thread.v);
+  from.p += thread.row * pitch;
+  const int64_t step = thread.stride * pitch;
+  char* to = tile + tile_offset(thread.row, thread.v);
+  int row = thread.row;
+  if (aligned) {
+#pragma unroll 1
+    for (; row < rows; row += thread.stride, from.p += step, to += thread.stride * kTileRowBytes) {
+      copy_vector(to, from);
+    }
+  }
+#pragma unroll 1
+  for (; row < rows; row += thread.stride, from.p += step, to += thread.stride * kTileRowBytes) {
+    copy_elements(to, from);
   }
 }
 

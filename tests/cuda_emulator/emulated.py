@@ -48,7 +48,7 @@ from ops.test_squeeze_excite import test_gate_is_the_gate as check_gate
 
 from effnet_kernels import backends
 from effnet_kernels.activations import Activation
-from effnet_kernels.ops import ConvBn, library
+from effnet_kernels.ops import ConvBn, SqueezeExcite, library
 from effnet_kernels.ops.block import pointwise as pointwise_of_block
 from effnet_kernels.ops.mbconv_cost import fuse_expand
 
@@ -776,6 +776,110 @@ FUSED_CASES = [
 def test_fused_mbconv_shapes(case: FusedCase, dtype: torch.dtype, multiprocessors: int) -> None:
     """Tiles for throughput and for few pixels; see FUSED_CASES."""
     check_fused(case, dtype)
+
+
+@pytest.mark.parametrize("shared", [60, 228], ids="{}KB".format)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        # The input's channels in slices, where there is little shared memory.
+        (FusedCase(1, 264, 40, 16, 6, 6, residual=True), torch.float32),
+        (FusedCase(1, 264, 24, 0, 5, 7, pool=True), torch.float32),
+        (FusedCase(1, 523, 24, 9, 5, 4), torch.bfloat16),
+        # Several images, the last tile with fewer.
+        (FusedCase(11, 8, 24, 8, 4, 4, residual=True), torch.bfloat16),
+        (FusedCase(5, 16, 40, 0, 5, 3, stride=2, residual=True), torch.float16),
+        # Output channels in parts; constants of middle channels in turn.
+        (FusedCase(1, 16, 72, 200, 9, 7), torch.float16),
+        (FusedCase(1, 3, 1100, 20, 4, 3), torch.bfloat16),
+        (FusedCase(1, 3, 1100, 0, 4, 3, pool=True), torch.float32),
+    ],
+    ids=str,
+)
+def test_fused_mbconv_tiles(
+    case: FusedCase,
+    dtype: torch.dtype,
+    shared: int,
+    multiprocessors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What does not fit a block at once, as the device has room for it."""
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(shared * 1024))
+    check_fused(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["input", "expand_weight", "project_weight", "residual"])
+def test_fused_mbconv_unaligned(name: str, dtype: torch.dtype) -> None:
+    """A tensor that begins between two 16-byte boundaries changes no bit."""
+    case = FusedCase(2, 24, 40, 24, 7, 5, residual=True)
+    tensors = make_fused_arguments(case, dtype)
+    aligned = run_fused(case, tensors)["output"]
+    unaligned = run_fused(case, {**tensors, name: shifted(tensors[name])})["output"]
+    assert torch.equal(unaligned, aligned)
+
+
+@pytest.mark.parametrize("features", [24, 0])
+def test_fused_mbconv_deterministic(features: int, multiprocessors: int) -> None:
+    """The same bits, whatever the order of blocks and threads."""
+    case = FusedCase(2, 16, 200, features, 13, 11, pool=features == 0)
+    tensors = make_fused_arguments(case, torch.bfloat16)
+    first, second = (run_fused(case, tensors) for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+@pytest.mark.parametrize("features", [40, 0])
+def test_fused_mbconv_tf32(features: int) -> None:
+    """Operands are rounded to TF32 where that is allowed, and are exact where it is not."""
+    case = FusedCase(1, 40, 72, features, 7, 7)
+    tensors = make_fused_arguments(case, torch.float32)
+    expected = fused_reference(case, tensors)["output"]
+    errors = [
+        (run_fused(case, tensors, allowed)["output"] - expected).abs().max().item()
+        / expected.abs().max().item()
+        for allowed in (False, True)
+    ]
+    assert errors[0] < 2e-6 and 2e-5 < errors[1] < 2e-3
+
+
+def test_fused_mbconv_float64_is_refused() -> None:
+    """An error, not a wrong result."""
+    case = FusedCase(1, 8, 16, 8, 5, 5)
+    tensors = make_fused_arguments(case, torch.float64)
+    with pytest.raises(RuntimeError, match="float64 is not supported on CUDA"):
+        run_fused(case, {name: tensor.double() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("squeezed", [6, 0])
+@pytest.mark.parametrize(("features", "stride"), [(16, 1), (40, 2)])
+def test_fused_mbconv(features: int, stride: int, squeezed: int, dtype: torch.dtype) -> None:
+    """The block as a whole, with squeeze-and-excitation and without."""
+    tensors = make_fused_arguments(FusedCase(2, 16, 72, features, 11, 9), dtype)
+    generator = torch.Generator().manual_seed(1)
+
+    def block(dtype: torch.dtype | None, backend: str) -> torch.Tensor:
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if dtype is None else tensor.to(dtype)
+
+        def conv(prefix: str, activation: str) -> ConvBn:
+            names = ("weight", "mean", "var", "bn_weight", "bn_bias")
+            return ConvBn(*(cast(tensors[f"{prefix}_{n}"]) for n in names), 1e-3, activation)
+
+        excite = SqueezeExcite(*map(cast, weights), "silu", "sigmoid") if squeezed else None
+        with backends.use_backend(backend), torch.no_grad():
+            return fused_mbconv.fused_mbconv(
+                cast(tensors["input"]), conv("expand", "silu"), excite,
+                conv("project", "identity"), stride, "same", residual=stride == 1,
+            )  # fmt: skip
+
+    shapes = ((squeezed, 72), (squeezed,), (72, squeezed), (72,))
+    weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    assert_error_rule(
+        "output", block(None, "cpu"), block(None, "eager"), block(torch.float64, "eager"), dtype,
+        FORWARD,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
