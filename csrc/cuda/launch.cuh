@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-namespace effnet::cuda {
+#include "limits.cuh"
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+namespace effnet::cuda {
 
 // Makes a tensor's device current for the life of the object and holds what launches on it need.
 class __attribute__((visibility("hidden"))) Device {
@@ -23,18 +23,14 @@ class __attribute__((visibility("hidden"))) Device {
     stream_ = static_cast<cudaStream_t>(stream);
     const int index = tensor.get_device_index();
     STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, index));
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+        cudaDeviceGetAttribute(&limits_.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits_.multiprocessor_bytes,
+                                          cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
   }
 
-  int multiprocessors() const { return multiprocessors_; }
-
-  // Shared memory of a block, where `blocks` are to be on a multiprocessor at a time.
-  int shared_bytes(int blocks) const {
-    constexpr int kReserved = 1024;  // by the system, of each block
-    return shared_bytes_ / blocks - kReserved;
-  }
+  const DeviceLimits& limits() const { return limits_; }
+  int multiprocessors() const { return limits_.multiprocessors; }
+  int shared_bytes(int blocks) const { return limits_.shared_bytes(blocks); }
 
   // Launches kernel<<<(blocks), threads, shared_bytes>>>(arguments...) on the current stream and
   // raises if the launch was refused. Grids are one-dimensional: x alone goes past 65535.
@@ -61,8 +57,7 @@ class __attribute__((visibility("hidden"))) Device {
 
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 0;
-  int shared_bytes_ = 0;
+  DeviceLimits limits_;
 };
 
 }  // namespace effnet::cuda

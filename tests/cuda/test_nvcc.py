@@ -1,5 +1,7 @@
 """What nvcc makes of ``csrc/cuda``: it compiles for every architecture, and no kernel uses more
-registers than ``budget.json`` allows or spills them.
+registers than ``budget.json`` allows or spills them. Fused-MBConv's kernels, which live on tensor
+cores, must be made of the instructions that they are written for, and ``occupancy.json`` has how
+many of their blocks and warps a multiprocessor holds, on blocks of models.
 
 Some kernels live at their limit of registers, and the compiler leaves values that are needed once a
 step in local memory: ``AT_THE_LIMIT`` says which and how many bytes. In the tensor-core kernels no
@@ -8,7 +10,8 @@ all in training, trade them for a third block on a multiprocessor: at most 64 by
 sm_90.
 
 By default for ``USUAL`` alone; with ``--exhaustive`` for all ``ARCHITECTURES``. After a change that
-is meant: ``python tests/cuda/test_nvcc.py`` writes ``budget.json`` anew.
+is meant: ``python tests/cuda/test_nvcc.py`` writes ``budget.json`` and ``occupancy.json`` anew, or
+those of the sources that it is given.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,15 +30,31 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BUDGET = Path(__file__).with_name("budget.json")
+OCCUPANCY = Path(__file__).with_name("occupancy.json")
+TILES = Path(__file__).with_name("fused_mbconv_tiles.cu")
 ARCHITECTURES = ("80", "90a", "100")
 USUAL = ("90a",)
 # The kernels of float16 are bfloat16's, type apart: one architecture shows that they compile, and
 # that only with --exhaustive.
-ONE_ARCHITECTURE = {"depthwise_conv_bn_act_float16.cu": USUAL, "mbconv_float16.cu": USUAL}
+ONE_ARCHITECTURE = {
+    "depthwise_conv_bn_act_float16.cu": USUAL,
+    "fused_mbconv_float16.cu": USUAL,
+    "mbconv_float16.cu": USUAL,
+}
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # Bytes of spill stores, by the start of a kernel's name.
 AT_THE_LIMIT = {"depthwise_conv_mma_": 64, "depthwise_conv_kernel": 200}
+
+# The tensor-core instruction of a kernel, by the source's and the start of the kernel's name.
+TENSOR_CORES = {
+    "fused_mbconv_bfloat16.cu": ("fused_mbconv_kernel", "HMMA.16816.F32.BF16"),
+    "fused_mbconv_float16.cu": ("fused_mbconv_kernel", "HMMA.16816.F32"),
+    "fused_mbconv_float32.cu": ("fused_mbconv_kernel", "HMMA.1688.F32.TF32"),
+}
+
+# (multiprocessors, bytes of shared memory in each) of A100, H200, B200.
+DEVICES = {"80": (108, 164 * 1024), "90a": (132, 228 * 1024), "100": (148, 228 * 1024)}
 
 NVCC = shutil.which("nvcc")
 REPORT = re.compile(
@@ -45,8 +66,78 @@ REPORT = re.compile(
 Usage = dict[str, dict[str, int]]
 
 
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton brings some of them too."""
+    found = shutil.which(name) or (NVCC and shutil.which(name, path=str(Path(NVCC).parent)))
+    triton = find_spec("triton")
+    if found or triton is None or triton.origin is None:
+        return found
+    return shutil.which(name, path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+
+
+def short_names(mangled: list[str]) -> list[str]:
+    """Without namespaces, return type and parameters: depthwise_conv_kernel<float, 4, 3, 1>."""
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        re.sub(r"effnet::cuda::|^void |\(anonymous namespace\)::", "", name).split("(")[0]
+        for name in names
+    ]
+
+
+def tensor_core_instructions(binary: Path) -> dict[str, set[str]]:
+    """{kernel: its tensor-core instructions} of an object file, over all architectures in it; of
+    none, where there is no disassembler.
+    """
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        return {}
+    assembly = subprocess.run(
+        [cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True
+    ).stdout
+    _, *functions = re.split(r"Function : (\w+)", assembly)
+    found: dict[str, set[str]] = {}
+    for name, code in zip(short_names(functions[::2]), functions[1::2], strict=True):
+        found.setdefault(name, set()).update(re.findall(r"\b\w*MMA\.[\w.]+", code))
+    return found
+
+
+def occupancy(registers: int, threads: int, shared_bytes: int, device: tuple[int, int]) -> int:
+    """Blocks that a multiprocessor holds."""
+    warps = threads // 32
+    of_warp = (registers * 32 + 255) // 256 * 256
+    return min(65536 // of_warp // warps, device[1] // (shared_bytes + 1024), 2048 // threads, 32)
+
+
+def fused_mbconv_occupancy(usage: Usage) -> dict[str, dict[str, str]]:
+    """{block of a model: {architecture: what a multiprocessor holds}}."""
+    report: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "tiles"
+        emulator = ROOT / "tests" / "cuda_emulator" / "include"
+        subprocess.run(
+            ["c++", "-std=c++17", f"-I{emulator}", "-x", "c++", str(TILES), "-o", str(program)],
+            check=True,
+        )
+        for arch in next(iter(usage.values())):
+            device = DEVICES[arch]
+            tiles = subprocess.run(
+                [program, *map(str, device)], check=True, capture_output=True, text=True
+            ).stdout
+            for line in tiles.splitlines():
+                block, kernel, threads, shared, grid, rows = line.split(" | ")
+                blocks = occupancy(usage[kernel][arch], int(threads), int(shared), device)
+                blocks = min(blocks, -(-int(grid) // device[0]))
+                report.setdefault(block, {})[arch] = (
+                    f"{blocks} of {grid} blocks, {blocks * int(threads) // 32} warps, "
+                    f"{shared} bytes of shared memory each, {rows} rows, {kernel}"
+                )
+    return report
+
+
 def compile_kernels(source: Path, architectures: tuple[str, ...]) -> tuple[Usage, list[str]]:
-    """({kernel: {architecture: registers}}, kernels that spill too much) of ``source``."""
+    """({kernel: {architecture: registers}}, what is wrong with kernels) of ``source``."""
     assert NVCC is not None
     include = Path(torch.__file__).parent / "include"
     command = [
@@ -55,33 +146,30 @@ def compile_kernels(source: Path, architectures: tuple[str, ...]) -> tuple[Usage
         f"-I{include}", f"-I{ROOT / 'csrc'}",
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
     ]  # fmt: skip
+    instructions: dict[str, set[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernels.o"
         result = subprocess.run(
-            [*command, "-c", str(source), "-o", f"{folder}/kernels.o"],
-            capture_output=True,
-            text=True,
+            [*command, "-c", str(source), "-o", str(binary)], capture_output=True, text=True
         )
-    report = result.stdout + result.stderr
-    assert result.returncode == 0, report[-8000:]
+        report = result.stdout + result.stderr
+        assert result.returncode == 0, report[-8000:]
+        if source.name in TENSOR_CORES:
+            instructions = tensor_core_instructions(binary)
     found = [match.groupdict() for match in REPORT.finditer(report)]
-    names = subprocess.run(
-        ["c++filt"],
-        input="\n".join(f["name"] for f in found),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    names = short_names([f["name"] for f in found])
     usage: Usage = {}
-    spilled = []
-    for mangled, match in zip(names, found, strict=True):
-        # Without namespaces, return type and parameters: depthwise_conv_kernel<float, 4, 3, 1>.
-        name = re.sub(r"effnet::cuda::|^void |\(anonymous namespace\)::", "", mangled)
-        name = name.split("(")[0]
+    faults = []
+    for name, match in zip(names, found, strict=True):
         usage.setdefault(name, {})[match["arch"]] = int(match["registers"])
         allowed = max((n for k, n in AT_THE_LIMIT.items() if name.startswith(k)), default=0)
         if int(match["stores"]) > allowed or (int(match["stack"]) and not allowed):
-            spilled.append(f"{name} on sm_{match['arch']}: {match['stores']} bytes")
-    return usage, spilled
+            faults.append(f"{name} on sm_{match['arch']} spills {match['stores']} bytes")
+    for name, used in instructions.items():
+        kernel, wanted = TENSOR_CORES[source.name]
+        if name.startswith(kernel) and used != {wanted}:
+            faults.append(f"{name} is made of {sorted(used)}, not of {wanted}")
+    return usage, faults
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
@@ -91,8 +179,8 @@ def test_register_budget(source: Path, exhaustive: bool) -> None:
     if source.name in ONE_ARCHITECTURE and not exhaustive:
         pytest.skip("the same kernels as bfloat16's: run with --exhaustive")
     wanted = ARCHITECTURES if exhaustive else USUAL
-    usage, spilled = compile_kernels(source, ONE_ARCHITECTURE.get(source.name, wanted))
-    assert not spilled, f"spills: {spilled}"
+    usage, faults = compile_kernels(source, ONE_ARCHITECTURE.get(source.name, wanted))
+    assert not faults, "\n".join(faults)
     budget = json.loads(BUDGET.read_text())[source.name]
     assert usage.keys() == budget.keys()
     over = [
@@ -103,16 +191,28 @@ def test_register_budget(source: Path, exhaustive: bool) -> None:
     ]
     assert not over, "\n".join(over)
 
+    if source.name == "fused_mbconv_bfloat16.cu":
+        expected = json.loads(OCCUPANCY.read_text())
+        found = fused_mbconv_occupancy(usage)
+        assert found == {
+            block: {arch: by_arch[arch] for arch in found[block]}
+            for block, by_arch in expected.items()
+        }
 
-def main() -> None:
-    """Writes ``budget.json``."""
-    budget = {}
+
+def main(names: list[str]) -> None:
+    """Writes ``budget.json`` and ``occupancy.json``, of some sources or of all."""
+    budget = json.loads(BUDGET.read_text()) if names else {}
     for source in SOURCES:
-        usage, spilled = compile_kernels(source, ONE_ARCHITECTURE.get(source.name, ARCHITECTURES))
-        print(source.name, *spilled, sep="\n  ")
+        if names and source.name not in names:
+            continue
+        usage, faults = compile_kernels(source, ONE_ARCHITECTURE.get(source.name, ARCHITECTURES))
+        print(source.name, *faults, sep="\n  ")
         budget[source.name] = {name: usage[name] for name in sorted(usage)}
-    BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        if source.name == "fused_mbconv_bfloat16.cu":
+            OCCUPANCY.write_text(json.dumps(fused_mbconv_occupancy(usage), indent=1) + "\n")
+    BUDGET.write_text(json.dumps(dict(sorted(budget.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
