@@ -104,6 +104,7 @@ struct FusedTiling {
   int project, halo, table, sources, windows, pixels, scales, results, bytes;
   // What can be read in 16 bytes: x and the weights; output and residual 8 elements at a time.
   bool vectors, expand_vectors, project_vectors, output_vectors;
+  bool whole_rows;  // expand_weight's are, in memory as in a single slice, vector after vector
 };
 
 // Where a block is in the output. Computed where it is needed, since it would take registers
@@ -191,27 +192,40 @@ EFFNET_DEVICE void copy_halo(const FusedMbconv& a, const FusedTiling& t, int sli
   const T* const x = static_cast<const T*>(a.input);
   char* const halo =
       reinterpret_cast<char*>(dynamic_shared_memory) + t.halo + slice % 2 * t.halo_bytes;
-  const int vectors = place.images * t.halo_h * t.halo_w * t.slice_vectors;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < vectors; i += Sizes::kThreads) {
-    const int pixel = i / t.slice_vectors, v = i - pixel * t.slice_vectors;
-    const int line = pixel / t.halo_w, column = pixel - line * t.halo_w;
-    const int image = t.images == 1 ? 0 : line / t.halo_h;
-    const int h = first_h + line - image * t.halo_h, w = first_w + column;
+  // Neighbouring threads have neighbouring vectors of a pixel, always the same ones, and step
+  // through the pixels without a division.
+  const int lanes = min(t.slice_vectors, Sizes::kThreads);
+  const int stride = Sizes::kThreads / lanes;
+  const int first = static_cast<int>(threadIdx.x) / lanes;
+  if (first >= stride) return;
+  const int stride_lines = stride / t.halo_w, stride_columns = stride - stride_lines * t.halo_w;
+  for (int v = static_cast<int>(threadIdx.x) - first * lanes; v < t.slice_vectors; v += lanes) {
     const int channel = (slice * t.slice_vectors + v) * V;
-    const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(shape.in_h) &&
-                        static_cast<unsigned>(w) < static_cast<unsigned>(shape.in_w);
-    SourceVector<T> from{x, exists ? a.in_channels - channel : 0};
-    if (from.left > 0) {
-      from.p +=
-          (((place.first_n + image) * shape.in_h + h) * shape.in_w + w) * a.in_channels + channel;
-    }
-    char* const to = halo + line * t.line_pitch +
-                     column_place(column, shape.stride, t.odd_columns) * t.pixel_pitch + v * 16;
-    if (t.vectors) {
-      copy_vector(to, from);
-    } else {
-      copy_elements(to, from);
+    int line = first / t.halo_w, column = first - line * t.halo_w;
+#pragma unroll 1
+    while (line < place.images * t.halo_h) {
+      const int image = t.images == 1 ? 0 : line / t.halo_h;
+      const int h = first_h + line - image * t.halo_h, w = first_w + column;
+      const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(shape.in_h) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(shape.in_w);
+      SourceVector<T> from{x, exists ? a.in_channels - channel : 0};
+      if (from.left > 0) {
+        from.p +=
+            (((place.first_n + image) * shape.in_h + h) * shape.in_w + w) * a.in_channels + channel;
+      }
+      char* const to = halo + line * t.line_pitch +
+                       column_place(column, shape.stride, t.odd_columns) * t.pixel_pitch + v * 16;
+      if (t.vectors) {
+        copy_vector(to, from);
+      } else {
+        copy_elements(to, from);
+      }
+      line += stride_lines;
+      column += stride_columns;
+      if (column >= t.halo_w) {
+        column -= t.halo_w;
+        ++line;
+      }
     }
   }
 }
@@ -224,8 +238,17 @@ EFFNET_DEVICE void copy_expand(const FusedMbconv& a, const FusedTiling& t, char*
   constexpr int V = kTileVector<T>;
   const int* const sources = reinterpret_cast<const int*>(
       reinterpret_cast<const char*>(dynamic_shared_memory) + t.sources);
-  const int64_t pitch = int64_t{a.shape.kernel * a.shape.kernel} * a.in_channels;
   const int vectors = tile_vectors<T>((t.row_vectors - chunk * kTileVectors) * V);
+  if (t.whole_rows) {
+    const int pitch = t.row_vectors * V;
+    const T* const row = static_cast<const T*>(a.expand_weight) + int64_t{first_row} * pitch;
+    copy_rows<T>(tile, rows, vectors, pitch, true, [&](int v) {
+      const int first = (chunk * kTileVectors + v) * V;
+      return SourceVector<T>{first < pitch ? row + first : row, pitch - first};
+    });
+    return;
+  }
+  const int64_t pitch = int64_t{a.shape.kernel * a.shape.kernel} * a.in_channels;
   copy_rows<T>(tile, rows, vectors, pitch, t.expand_vectors, [&](int v) {
     SourceVector<T> from{static_cast<const T*>(a.expand_weight) + first_row * pitch, 0};
     const int source = sources[chunk * kTileVectors + v];

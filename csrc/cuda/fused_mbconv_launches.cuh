@@ -16,6 +16,7 @@ void launch(const Device& device, const FusedMbconv& a, const FusedCandidate<T, 
   FusedTiling t = candidate.tiling();
   t.vectors = allows_vectors(a.in_channels, kTileVector<T>, {a.input});
   t.expand_vectors = allows_vectors(a.in_channels, kTileVector<T>, {a.expand_weight});
+  t.whole_rows = t.expand_vectors && t.slices == 1;
   t.project_vectors = allows_vectors(a.shape.channels, kTileVector<T>, {a.project_weight});
   t.output_vectors = allows_vectors(a.out_channels, kLaneColumns, {a.output, a.residual});
   const ImageSums pooled(like, static_cast<float*>(a.pooled), a.shape.batch,

@@ -149,14 +149,14 @@ EFFNET_DEVICE void copy_elements(char* to, const SourceVector<T>& from) {
 
 // Starts to copy the first `vectors` vectors of `rows` rows into a tile. source(v) is the first
 // row's; the others are `pitch` elements further each. aligned: to 16 bytes.
-template <class T, class Source>
-EFFNET_DEVICE void copy_rows(char* tile, int rows, int vectors, int64_t pitch, bool aligned,
+template <class T, class Pitch, class Source>
+EFFNET_DEVICE void copy_rows(char* tile, int rows, int vectors, Pitch pitch, bool aligned,
                              const Source& source) {
   const TileThread thread(vectors);
   if (thread.v >= vectors) return;
   SourceVector<T> from = source(thread.v);
-  from.p += thread.row * pitch;
-  const int64_t step = thread.stride * pitch;
+  from.p += int64_t{thread.row} * pitch;
+  const int64_t step = int64_t{thread.stride} * pitch;
   char* to = tile + tile_offset(thread.row, thread.v);
   int row = thread.row;
   if (aligned) {
@@ -164,6 +164,7 @@ EFFNET_DEVICE void copy_rows(char* tile, int rows, int vectors, int64_t pitch, b
     for (; row < rows; row += thread.stride, from.p += step, to += thread.stride * kTileRowBytes) {
       copy_vector(to, from);
     }
+    return;
   }
 #pragma unroll 1
   for (; row < rows; row += thread.stride, from.p += step, to += thread.stride * kTileRowBytes) {
