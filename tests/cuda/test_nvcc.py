@@ -120,7 +120,7 @@ def fused_mbconv_occupancy(usage: Usage) -> dict[str, dict[str, str]]:
             ["c++", "-std=c++17", f"-I{emulator}", "-x", "c++", str(TILES), "-o", str(program)],
             check=True,
         )
-        for arch in next(iter(usage.values())):
+        for arch in (a for a in ARCHITECTURES if a in next(iter(usage.values()))):
             device = DEVICES[arch]
             tiles = subprocess.run(
                 [program, *map(str, device)], check=True, capture_output=True, text=True
