@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -26,14 +27,52 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     return _NO_GUARD
 
 
-def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the device of ``tensor``; an H200's where it is not a CUDA device."""
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 132
+class Hardware(NamedTuple):
+    """What a tile is cut for.
+
+    Attributes:
+        multiprocessors: of the device.
+        shared: bytes of shared memory that one program may have.
+        generation: the major number of its compute capability.
+    """
+
+    multiprocessors: int
+    shared: int
+    generation: int
+
+    @property
+    def tensor_memory(self) -> bool:
+        """Sums of products are in a memory of the tensor cores', not in registers."""
+        return self.generation == 10
+
+    @property
+    def asynchronous(self) -> bool:
+        """Tensor cores read both factors from shared memory, while the warps go on."""
+        return self.generation in (9, 10)
+
+
+# An H200's, where there is no CUDA device.
+_DEFAULT = Hardware(132, 232448, 9)
+
+
+def hardware(tensor: Tensor) -> Hardware:
+    """That of the device of ``tensor``; an H200's where it is not a CUDA device."""
+    return _hardware(tensor.device.index) if tensor.is_cuda else _DEFAULT
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _hardware(index: int) -> Hardware:
+    properties = torch.cuda.get_device_properties(index)
+    return Hardware(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.major,
+    )
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of the device of ``tensor``; an H200's where it is not a CUDA device."""
+    return hardware(tensor).multiprocessors
 
 
 def vector_width(channels: int, itemsize: int) -> int:

@@ -56,14 +56,44 @@ class Problem(NamedTuple):
     transformed: bool
 
 
-_forced: Tile | None = None
+class BlockProblem(NamedTuple):
+    """A Fused-MBConv block, as far as its tile depends on it.
+
+    Attributes:
+        pixels: of the whole batch, of the output.
+        kernel: size of the convolution.
+        channels: of the input.
+        middle: channels of the expanded tensor; a tile's features are those of a chunk of it.
+        features: of the output, or 0 without a project convolution.
+        itemsize: bytes of an element.
+        precise: float32 products with all of its digits.
+    """
+
+    pixels: int
+    kernel: int
+    channels: int
+    middle: int
+    features: int
+    itemsize: int
+    precise: bool
+
+
+# By the section of the table, which is the op's name.
+PROBLEMS: dict[str, type[Problem] | type[BlockProblem]] = {
+    "pointwise_conv_bn_act": Problem,
+    "fused_mbconv": BlockProblem,
+}
+
+_forced: dict[type, Tile] = {}
 
 
 @contextlib.contextmanager
-def force(tile: Tile) -> Iterator[None]:
-    """Every launch in the ``with`` block takes ``tile`` (process-wide): for the tuner."""
+def force(tile: Tile, problem: type = Problem) -> Iterator[None]:
+    """Every launch for a ``problem`` in the ``with`` block takes ``tile`` (process-wide): for the
+    tuner.
+    """
     global _forced
-    before, _forced = _forced, tile
+    before, _forced = _forced, {**_forced, problem: tile}
     try:
         yield
     finally:
@@ -81,20 +111,20 @@ def _architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def measured(architecture: str | None, problem: Problem) -> Tile | None:
+def measured(architecture: str | None, problem: Problem | BlockProblem) -> Tile | None:
     """The tile of the measured problem that is most like ``problem``, or None.
 
     Like it is one that differs in nothing but the pixels, and there by a factor of four at most.
     """
-    if _forced is not None:
-        return _forced
+    if type(problem) in _forced:
+        return _forced[type(problem)]
     return None if architecture is None else _nearest(architecture, problem)
 
 
 @functools.lru_cache(maxsize=1024)
-def _nearest(architecture: str, problem: Problem) -> Tile | None:
+def _nearest(architecture: str, problem: Problem | BlockProblem) -> Tile | None:
     """On every launch: looked for once."""
-    found = _table(architecture).get(problem[1:])
+    found = _table(architecture).get((type(problem), *problem[1:]))
     if not found or not problem.pixels:
         return None
 
@@ -107,11 +137,14 @@ def _nearest(architecture: str, problem: Problem) -> Tile | None:
 
 @functools.cache
 def _table(architecture: str) -> dict[tuple[Any, ...], dict[int, Tile]]:
-    """Tiles by pixels, by the rest of the problem."""
+    """Tiles by pixels, by the rest of the problem and its type."""
     path = FOLDER / f"{architecture}.json"
     table: dict[tuple[Any, ...], dict[int, Tile]] = {}
     if path.exists():
-        for entry in json.loads(path.read_text())["pointwise_conv_bn_act"]:
-            problem = Problem(**entry["problem"])
-            table.setdefault(problem[1:], {})[problem.pixels] = Tile(**entry["tile"])
+        sections = json.loads(path.read_text())
+        for op, kind in PROBLEMS.items():
+            for entry in sections.get(op, []):
+                problem = kind(**entry["problem"])
+                key = (kind, *problem[1:])
+                table.setdefault(key, {})[problem.pixels] = Tile(**entry["tile"])
     return table
