@@ -8,6 +8,7 @@ Triton is not interpreted, so this is a program:
     python tests/triton/aot.py sm_90            # what every kernel uses, as JSON
     python tests/triton/aot.py sm_90 --table    # the same, to read
     python tests/triton/aot.py --write          # measures anew the budget in budget.json
+    python tests/triton/aot.py --write --only fused  # that of the cases with this word
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 BUDGET = Path(__file__).parent / "budget.json"
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
+# Bytes of shared memory that one program may have, of which the driver keeps RESERVED for itself,
+# in a multiprocessor with as much.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+RESERVED = 1024
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,38 @@ class ExpandCase:
         )
 
 
+@dataclass(frozen=True)
+class FusedCase:
+    """One call of a Fused-MBConv block: ``channels`` expand to ``middle``, project to ``features``.
+
+    Without ``features`` there is no project convolution.
+    """
+
+    dtype: str
+    channels: int
+    middle: int
+    features: int
+    size: int
+    kernel: int
+    stride: int
+    pool: bool = False
+    allow_tf32: bool = False
+    batch: int = 128
+
+    def __str__(self) -> str:
+        return (
+            f"fused {self.dtype} {self.batch}x{self.channels}x{self.size}x{self.size} "
+            f"m{self.middle} k{self.features} k{self.kernel}s{self.stride}"
+            + " pool" * self.pool
+            + " allow_tf32" * self.allow_tf32
+        )
+
+    @property
+    def residual(self) -> bool:
+        """Whether input and output have one shape."""
+        return self.stride == 1 and self.channels == (self.features or self.middle)
+
+
 # Layers of EfficientNet-B0 at 224, B4 at 380 and V2-S at 384, and what no model has but a user may.
 CASES = (
     Case("inference", "bfloat16", 32, 112, 3, 1, pool=True),
@@ -203,6 +241,19 @@ CASES = (
     ExpandCase("float16", 160, 960, 24, 5, 1),
     ExpandCase("float32", 24, 144, 56, 5, 2, pool=False),
     ExpandCase("float32", 80, 480, 14, 3, 1, allow_tf32=True),
+    FusedCase("bfloat16", 24, 24, 0, 192, 3, 1),
+    FusedCase("bfloat16", 24, 96, 48, 192, 3, 2),
+    FusedCase("bfloat16", 48, 192, 48, 96, 3, 1),
+    FusedCase("bfloat16", 48, 192, 64, 96, 3, 2),
+    FusedCase("bfloat16", 64, 256, 64, 48, 3, 1),
+    FusedCase("bfloat16", 64, 256, 64, 48, 3, 1, batch=1),
+    FusedCase("bfloat16", 96, 384, 96, 48, 3, 1),
+    FusedCase("bfloat16", 32, 256, 32, 56, 3, 1),
+    FusedCase("bfloat16", 64, 384, 0, 28, 5, 1, pool=True),
+    FusedCase("bfloat16", 13, 29, 11, 33, 3, 1),
+    FusedCase("float16", 80, 640, 160, 28, 3, 2),
+    FusedCase("float32", 48, 192, 48, 96, 3, 1),
+    FusedCase("float32", 24, 96, 48, 192, 3, 2, allow_tf32=True),
 )
 
 
@@ -224,7 +275,9 @@ class Driver:
         return self.target
 
 
-def call(case: Case | BatchNormActCase | SqueezeExciteCase | PointwiseCase | ExpandCase) -> None:
+def call(
+    case: Case | BatchNormActCase | SqueezeExciteCase | PointwiseCase | ExpandCase | FusedCase,
+) -> None:
     """Runs the launchers of ``case`` on tensors whose values do not matter."""
     if isinstance(case, Case):
         call_depthwise(case)
@@ -234,8 +287,10 @@ def call(case: Case | BatchNormActCase | SqueezeExciteCase | PointwiseCase | Exp
         call_squeeze_excite(case)
     elif isinstance(case, PointwiseCase):
         call_pointwise(case)
-    else:
+    elif isinstance(case, ExpandCase):
         call_expand(case)
+    else:
+        call_fused(case)
 
 
 def call_depthwise(case: Case) -> None:
@@ -391,6 +446,37 @@ def call_expand(case: ExpandCase) -> None:
     )  # fmt: skip
 
 
+def call_fused(case: FusedCase) -> None:
+    """Runs the one launcher of ``case``."""
+    import torch
+
+    from effnet_kernels.activations import Activation
+    from effnet_kernels.triton import fused_mbconv as op
+
+    dtype = getattr(torch, case.dtype)
+    N, M, k, pad = case.batch, case.middle, case.kernel, case.kernel // 2
+    out = (case.size + 2 * pad - k) // case.stride + 1
+
+    def image(channels: int, size: int) -> torch.Tensor:
+        shape = (N, channels, size, size)
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    x, y = image(case.channels, case.size), image(case.features or M, out)
+    project: list[torch.Tensor | None] = [None] * 5
+    if case.features:
+        vectors = [torch.empty(case.features) for _ in range(4)]
+        project = [torch.empty(case.features, M, dtype=dtype), *vectors]
+    op.fused_mbconv_out(
+        x, weight(M, case.channels, k, k), *(torch.empty(M) for _ in range(4)), 1e-3,
+        Activation.silu, case.stride, pad, pad, *project, 1e-3, Activation.identity,
+        x if case.residual else None, case.allow_tf32, y,
+        torch.empty(N, M) if case.pool else None,
+    )  # fmt: skip
+
+
 def cuobjdump(cubin: bytes, *options: str) -> str:
     """What Triton's own cuobjdump says of ``cubin``."""
     import triton
@@ -429,7 +515,9 @@ def spills_in_loops(instructions: list[tuple[int, str, str]]) -> int:
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, loads and stores of a compiled kernel."""
+    """Registers, spilled bytes, shared memory, loads (asynchronous copies among them), stores
+    and instructions of the tensor cores of a compiled kernel.
+    """
     cubin = kernel.asm["cubin"]
     found = re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump(cubin, "--dump-resource-usage")
@@ -439,13 +527,12 @@ def usage(kernel: Any) -> dict[str, Any]:
         (int(address, 16), name, operands)
         for address, name, operands in INSTRUCTION.findall(cuobjdump(cubin, "-sass"))
     ]
-    widths: dict[str, dict[str, int]] = {"LDG": {}, "STG": {}}
+    widths: dict[str, dict[str, int]] = {"LDG": {}, "STG": {}, "LDGSTS": {}}
     for _, name, _ in instructions:
-        if name[:3] in widths:
-            width = re.search(r"\.(U8|U16|S16|64|128)\b", name)
-            bits = width[1].strip("US") if width else "32"
-            counts = widths[name[:3]]
-            counts[bits] = counts.get(bits, 0) + 1
+        width = re.search(r"\.(U8|U16|S16|64|128)\b", name)
+        bits = width[1].strip("US") if width else "32"
+        for kind in {name[:3], name.split(".")[0]} & widths.keys():
+            widths[kind][bits] = widths[kind].get(bits, 0) + 1
     return {
         "registers": int(found[1]),
         "spilled": int(found[2]) + int(found[3]),
@@ -454,17 +541,26 @@ def usage(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "loads": dict(sorted(widths["LDG"].items())),
         "stores": dict(sorted(widths["STG"].items())),
+        "copies": dict(sorted(widths["LDGSTS"].items())),
         "instructions": len(instructions),
+        "products": " ".join(
+            sorted({name.split(".")[0] for _, name, _ in instructions} & {*TENSOR_CORES})
+        ),
     }
 
 
-def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
+def compile_all(architecture: str, only: str = "") -> dict[str, dict[str, Any]]:
     """What each kernel of each case uses, by "case: kernel"; the same kernel is compiled once.
+
+    ``only``: of the cases that have this word.
 
     Where a case compiles a kernel again, for other arguments, "kernel 2" follows and so on.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from effnet_kernels.triton import fused_mbconv
+    from effnet_kernels.triton.launch import Hardware
 
     compiled: list[tuple[str, Any]] = []
     launch = JITFunction.run
@@ -473,11 +569,16 @@ def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append((self.fn.__name__, kernel))
 
-    driver.set_active(Driver(int(architecture.removeprefix("sm_"))))
+    capability = int(architecture.removeprefix("sm_"))
+    hardware = Hardware(132, SHARED[architecture], capability // 10)
+    fused_mbconv.hardware = lambda tensor: hardware
+    driver.set_active(Driver(capability))
     JITFunction.run = compile_only
     results: dict[str, dict[str, Any]] = {}
     seen = set()
     for case in CASES:
+        if only not in str(case).split() and only:
+            continue
         compiled.clear()
         call(case)
         names: Counter[str] = Counter()
@@ -490,12 +591,14 @@ def compile_all(architecture: str) -> dict[str, dict[str, Any]]:
     return results
 
 
-def in_processes(architectures: tuple[str, ...]) -> dict[str, dict[str, dict[str, Any]]]:
+def in_processes(
+    architectures: tuple[str, ...], only: str = ""
+) -> dict[str, dict[str, dict[str, Any]]]:
     """``compile_all`` of each architecture, each in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     processes = {
         architecture: subprocess.Popen(
-            [sys.executable, __file__, architecture],
+            [sys.executable, __file__, architecture, "--only", only],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -516,10 +619,15 @@ def triton_version() -> str:
     return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
-def occupancy(used: dict[str, Any]) -> float:
-    """The part of a multiprocessor's warps that its registers let be resident."""
+def occupancy(architecture: str, used: dict[str, Any]) -> float:
+    """The part of a multiprocessor's warps that its registers and shared memory let be resident."""
     registers = -(-used["registers"] // 8) * 8 * 32 * used["warps"]
-    return min(REGISTERS_PER_SM // registers * used["warps"], WARPS_PER_SM) / WARPS_PER_SM
+    shared = (SHARED[architecture] + RESERVED) // (used["shared"] + RESERVED)
+    programs = min(REGISTERS_PER_SM // registers, shared)
+    return min(programs * used["warps"], WARPS_PER_SM) / WARPS_PER_SM
+
+
+BUDGETED = ("registers", "spilled", "spills_in_loops", "shared", "products")
 
 
 def main() -> None:
@@ -527,29 +635,30 @@ def main() -> None:
     parser.add_argument("architecture", nargs="?", choices=ARCHITECTURES)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     if arguments.write:
-        budget = {
-            architecture: {
-                kernel: {
-                    key: used[key] for key in ("registers", "spilled", "spills_in_loops", "shared")
-                }
+        budget: dict[str, Any] = json.loads(BUDGET.read_text()) if arguments.only else {}
+        budget["triton"] = triton_version()
+        for architecture, results in in_processes(ARCHITECTURES, arguments.only).items():
+            # No empty words: most kernels leave the tensor cores alone.
+            budget.setdefault(architecture, {}).update(
+                (kernel, {key: used[key] for key in BUDGETED if used[key] != ""})
                 for kernel, used in results.items()
-            }
-            for architecture, results in in_processes(ARCHITECTURES).items()
-        }
-        BUDGET.write_text(json.dumps({"triton": triton_version(), **budget}, indent=1) + "\n")
+            )
+        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
         return
-    results = compile_all(arguments.architecture)
+    results = compile_all(arguments.architecture, arguments.only)
     if not arguments.table:
         print(json.dumps(results))
         return
-    print("registers  spilled  in loops  shared  occupancy  instructions  loads  stores")
+    print("registers  spilled  in loops  shared  occupancy  instructions  products  loads  stores")
     for kernel, used in results.items():
         print(
             f"{used['registers']:9}  {used['spilled']:7}  {used['spills_in_loops']:8}  "
-            f"{used['shared']:6}  {occupancy(used):9.0%}  {used['instructions']:12}  "
-            f"{used['loads']}  {used['stores']}  {kernel}"
+            f"{used['shared']:6}  {occupancy(arguments.architecture, used):9.0%}  "
+            f"{used['instructions']:12}  {used['products']:8}  {used['loads']}  "
+            f"{used['stores']}  {kernel}"
         )
 
 
