@@ -42,11 +42,7 @@ from effnet_kernels.triton.launch import (
     index_type,
     vector_width,
 )
-from effnet_kernels.triton.pointwise_conv_bn_act import (
-    finish_tile,
-    load_weight,
-    precision,
-)
+from effnet_kernels.triton.pointwise_conv_bn_act import finish_tile, load_weight, precision
 
 
 @triton.jit
@@ -316,10 +312,10 @@ def feature_block(problem: tiles.BlockProblem) -> int:
 
 
 def shared_bytes(problem: tiles.BlockProblem, tile: tiles.Tile) -> int:
-    """Shared memory of a program: slices on their way, and the project weight."""
+    """Shared memory of a program: slices on their way, the project weight, and barriers."""
     slices = tile.stages * tile.channels * (tile.pixels + tile.features)
     weight = tile.features * feature_block(problem)
-    return (slices + weight) * problem.itemsize
+    return (slices + weight) * problem.itemsize + 256
 
 
 def clocks(problem: tiles.BlockProblem, tile: tiles.Tile, hardware: Hardware) -> float:
@@ -347,24 +343,25 @@ def tiles_of(problem: tiles.BlockProblem, hardware: Hardware) -> Iterator[tiles.
     """The tiles that fit the registers and the shared memory."""
     block_k = feature_block(problem)
     terms = problem.kernel**2 * problem.channels
-    slice = block_of(terms, SLICE_BYTES // problem.itemsize)
+    block_r = block_of(terms, SLICE_BYTES // problem.itemsize)
     pixels, widest = (64, 128), block_of(problem.middle)
     if block_k > 128:
         pixels, widest = (64,), min(widest, 64)
     if problem.precise and not hardware.asynchronous:
         pixels, widest = (64,), min(widest, 32)
     if vector_width(problem.channels, problem.itemsize) * problem.itemsize < 4:
-        # No asynchronous copy moves less: all that is loaded passes through registers.
-        pixels, widest, slice = (64,), min(widest, 64), min(slice, 32)
+        # No asynchronous copy moves less than 4 bytes: all that is loaded passes through registers.
+        pixels, widest, block_r = (64,), min(widest, 64), min(block_r, 32)
     for block_p, block_m, warps in itertools.product(pixels, (16, 32, 64, 128, 256), (4, 8)):
         most = (SUMS if hardware.asynchronous else SUMS_BESIDE_FACTORS)[warps]
         if problem.itemsize == 4:
             most = SUMS_BESIDE_PARTS[block_p] if problem.precise else SUMS_OF_FLOAT32
-        few = warps == 4 and (problem.itemsize == 4 or (block_p == 128 and block_k))
-        if few or block_m > widest or block_p * (block_m + block_k) > 32 * warps * most:
+        # With all that a thread of 4 warps keeps of 128 pixels there is no room for two products.
+        small = warps == 4 and (problem.itemsize == 4 or (block_p == 128 and block_k))
+        if small or block_m > widest or block_p * (block_m + block_k) > 32 * warps * most:
             continue
         for stages in (2, 3):
-            tile = tiles.Tile(block_p, slice, block_m, warps, stages)
+            tile = tiles.Tile(block_p, block_r, block_m, warps, stages)
             if shared_bytes(problem, tile) <= hardware.shared:
                 yield tile
 

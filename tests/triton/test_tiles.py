@@ -12,17 +12,27 @@ import torch
 from effnet_kernels.__main__ import main
 from effnet_kernels.bench import tune
 from effnet_kernels.triton import tiles
+from effnet_kernels.triton.fused_mbconv import fused_plan
+from effnet_kernels.triton.launch import Hardware
 from effnet_kernels.triton.pointwise_conv_bn_act import pointwise_plan, usual_tile
 
 PROBLEM = tiles.Problem(50176, 480, 112, 2, transformed=True)
 TILE = tiles.Tile(128, 64, 128, 8, 3)
+BLOCK = tiles.BlockProblem(294912, 3, 64, 256, 64, 2, precise=False)
+BLOCK_TILE = tiles.Tile(128, 64, 256, 8, 4)
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A table of one architecture, with one problem."""
-    entry = {"problem": PROBLEM._asdict(), "tile": TILE._asdict(), "microseconds": 1.0}
-    (tmp_path / "sm_99.json").write_text(json.dumps({"pointwise_conv_bn_act": [entry]}))
+    """A table of one architecture, with one problem of an op."""
+    sections = {
+        op: [{"problem": problem._asdict(), "tile": tile._asdict(), "microseconds": 1.0}]
+        for op, problem, tile in (
+            ("pointwise_conv_bn_act", PROBLEM, TILE),
+            ("fused_mbconv", BLOCK, BLOCK_TILE),
+        )
+    }
+    (tmp_path / "sm_99.json").write_text(json.dumps(sections))
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
     caches = (tiles._table, tiles._nearest)
     for cache in caches:
@@ -45,6 +55,18 @@ def test_measured() -> None:
     with tiles.force(TILE._replace(warps=4)):
         assert tiles.measured(None, PROBLEM) == TILE._replace(warps=4)
     assert tiles.measured(None, PROBLEM) is None
+
+
+@pytest.mark.usefixtures("table")
+def test_measured_of_another_op() -> None:
+    """Each op has its problems, and a tile that is forced is one of an op."""
+    assert tiles.measured("sm_99", BLOCK._replace(pixels=BLOCK.pixels // 4)) == BLOCK_TILE
+    assert tiles.measured("sm_99", BLOCK._replace(kernel=5)) is None
+    with tiles.force(TILE, tiles.BlockProblem):
+        assert tiles.measured(None, BLOCK) == TILE
+        assert tiles.measured(None, PROBLEM) is None
+    plan = fused_plan(BLOCK, 128, 48, 48, 48, 48, False, Hardware(132, 232448, 9), BLOCK_TILE)
+    assert (plan.block_p, plan.block_r, plan.block_m, plan.warps, plan.stages) == BLOCK_TILE
 
 
 def test_no_gpu_has_no_architecture() -> None:
