@@ -1,4 +1,4 @@
-// Products of many rows with a matrix that fits a cache, for the 1x1 convolutions on the CPU.
+// Products of many rows with a matrix that fits a cache, for the convolutions on the CPU.
 //
 //   out[m, k] = activation(start[k] + sum over c of rows[m, c] * matrix[k, c]) (+ residual[m, k])
 //
@@ -105,25 +105,27 @@ struct Matrix {
   EFFNET_INLINE int64_t offset(int64_t panel) const { return panel * depth * kPanel<Simd<T>>; }
 };
 
-// Panels [begin, end) of weight (K, C) with its BN to a Matrix in `memory`.
+// Panels [begin, end) of weight (K, taps, C) with its BN to a Matrix in `memory`, whose depth is
+// that of C for each tap.
 template <class T>
-void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channels, int in_channels,
-                 int64_t begin, int64_t end) {
+void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channels, int taps,
+                 int in_channels, int64_t begin, int64_t end) {
   using P = Products<T>;
   using F = typename Simd<T>::Scalar;
   using Value = typename P::Value;
   constexpr int L = Simd<T>::lanes;
-  const Matrix<T> m(memory, channels, in_channels);
+  const int tap_depth = static_cast<int>(kGemmFormat<T>.depth(in_channels));
+  const Matrix<T> m(memory, channels, taps * tap_depth);
   F *start = const_cast<F*>(m.start), *scales = const_cast<F*>(m.scale);
   for (int64_t panel = begin; panel < end; ++panel) {
     Value* to = const_cast<Value*>(m.values) + m.offset(panel);
-    const int64_t first = panel * kPanel<Simd<T>>;
+    const int64_t channel = panel * kPanel<Simd<T>>;
     const int width = panel_vectors<Simd<T>>(panel, m.panels, channels) * L;
     const auto at = [&](int c, int i) -> Value& {
       return to[(int64_t{c} / P::step * width + i) * P::step + c % P::step];
     };
     for (int i = 0; i < width; ++i) {
-      const int64_t k = first + i;
+      const int64_t k = channel + i;
       if (k >= channels) {
         for (int c = 0; c < m.depth; ++c) at(c, i) = Value{};
         start[k] = scales[k] = F(0);
@@ -132,18 +134,43 @@ void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channel
       const FoldedChannel<F> folded(bn, k);
       scales[k] = folded.scale;
       start[k] = folded.shift;
-      const T* from = weight + k * in_channels;
-      for (int c = 0; c < in_channels; ++c) {
-        if constexpr (P::scales_matrix) {
-          at(c, i) = to_float(from[c]) * folded.scale;
-        } else {
-          at(c, i) = from[c];
+      const T* from = weight + k * taps * in_channels;
+      for (int first = 0; first < m.depth; first += tap_depth, from += in_channels) {
+        for (int c = 0; c < in_channels; ++c) {
+          if constexpr (P::scales_matrix) {
+            at(first + c, i) = to_float(from[c]) * folded.scale;
+          } else {
+            at(first + c, i) = from[c];
+          }
         }
+        for (int c = in_channels; c < tap_depth; ++c) at(first + c, i) = Value{};
       }
-      for (int c = in_channels; c < m.depth; ++c) at(c, i) = Value{};
     }
   }
 }
+
+// The rows of a product. Row m comes in pieces of `piece` values, the last one shorter: piece i is
+// at values + m * stride + i * pitch. As many values as `chunk` are summed in registers before they
+// are added to the rest.
+template <class T>
+struct Rows {
+  using P = Products<T>;
+  const typename P::Value* values;
+  int64_t stride, pitch;
+  int piece, chunk;
+
+  // Of a matrix.
+  Rows(const typename P::Value* matrix, int64_t row_stride)
+      : values(matrix), stride(row_stride), pitch(P::block), piece(P::block), chunk(P::block) {}
+  // Of the windows of k x k pixels in an image of `row` values a row, `pixel` values a pixel: each
+  // row of a window is a piece. A convolution of PyTorch sums a window in registers, too.
+  Rows(const typename P::Value* image, int64_t row, int pixel, int kernel, int step)
+      : values(image),
+        stride(int64_t{pixel} * step),
+        pitch(row),
+        piece(kernel * pixel),
+        chunk(kernel * piece) {}
+};
 
 // The results of a product: row m at to + m * stride, and what is done to them on the way.
 template <class T>
@@ -158,12 +185,11 @@ struct GemmOutput {
   F* lost;
 };
 
-// Rows [0, Rows) times one panel of `columns` channels from channel k on, to `out`, which belongs
+// The first M rows times one panel of `columns` channels from channel k on, to `out`, which belongs
 // to that channel.
-template <class T, class To, int N, int Rows>
-void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
-                   const typename Products<T>::Value* panel, const Matrix<T>& matrix, int64_t k,
-                   const GemmOutput<To>& out) {
+template <class T, class To, int N, int M>
+void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel,
+                   const Matrix<T>& matrix, int64_t k, const GemmOutput<To>& out) {
   using P = Products<T>;
   using S = Simd<T>;
   using V = typename S::V;
@@ -171,34 +197,41 @@ void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
   constexpr int L = S::lanes;
   const int depth = matrix.depth, columns = static_cast<int>(matrix.channels - k);
   const F* start = matrix.start + k;
-  V sum[Rows * N];
-  F before[Rows * N * L];
-  for (int c = 0; c < depth; c += P::block) {
+  const int64_t stride = rows.stride;
+  const auto* from = rows.values;
+  V sum[M * N];
+  F before[M * N * L];
+  for (int c = 0; c < depth;) {
+    const bool initial = c == 0;
     EFFNET_UNROLL
     for (int v = 0; v < N; ++v) {
-      const V first = P::scales_matrix && c == 0 ? S::load(start + v * L) : S::set(0.f);
+      const V first = P::scales_matrix && initial ? S::load(start + v * L) : S::set(0.f);
       EFFNET_UNROLL
-      for (int r = 0; r < Rows; ++r) sum[r * N + v] = first;
+      for (int r = 0; r < M; ++r) sum[r * N + v] = first;
     }
-    const int end = lesser(c + P::block, depth);
-    for (int i = c; i < end; i += P::step) {
-      V b[N];
-      EFFNET_UNROLL
-      for (int v = 0; v < N; ++v) b[v] = P::load(panel + (int64_t{i} * N + v * P::step) * L);
-      EFFNET_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        const V a = P::spread(rows + r * stride + i);
+    const int end = lesser(c + rows.chunk, depth);
+    for (; c < end; from += rows.pitch) {
+      const int values = lesser(rows.piece, end - c);
+      for (int i = 0; i < values; i += P::step, panel += N * P::step * L) {
+        V b[N];
         EFFNET_UNROLL
-        for (int v = 0; v < N; ++v) P::add(sum[r * N + v], a, b[v]);
+        for (int v = 0; v < N; ++v) b[v] = P::load(panel + v * P::step * L);
+        EFFNET_UNROLL
+        for (int r = 0; r < M; ++r) {
+          const V a = P::spread(from + r * stride + i);
+          EFFNET_UNROLL
+          for (int v = 0; v < N; ++v) P::add(sum[r * N + v], a, b[v]);
+        }
       }
+      c += values;
     }
-    if (c > 0) {
+    if (!initial) {
       EFFNET_UNROLL
-      for (int i = 0; i < Rows * N; ++i) sum[i] = sum[i] + S::load(before + i * L);
+      for (int i = 0; i < M * N; ++i) sum[i] = sum[i] + S::load(before + i * L);
     }
     if (end < depth) {
       EFFNET_UNROLL
-      for (int i = 0; i < Rows * N; ++i) S::store(before + i * L, sum[i]);
+      for (int i = 0; i < M * N; ++i) S::store(before + i * L, sum[i]);
     }
   }
   if constexpr (!P::scales_matrix) {
@@ -206,7 +239,7 @@ void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
     for (int v = 0; v < N; ++v) {
       const V scale = S::load(matrix.scale + k + v * L), shift = S::load(start + v * L);
       EFFNET_UNROLL
-      for (int r = 0; r < Rows; ++r) sum[r * N + v] = S::fma(sum[r * N + v], scale, shift);
+      for (int r = 0; r < M; ++r) sum[r * N + v] = S::fma(sum[r * N + v], scale, shift);
     }
   }
   activate_tile<S>(out.activation, sum);
@@ -218,14 +251,14 @@ void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
     const To* residual = out.residual + v * L;
     if (n >= L) {
       EFFNET_UNROLL
-      for (int r = 0; r < Rows; ++r) {
+      for (int r = 0; r < M; ++r) {
         V& x = sum[r * N + v];
         if (out.residual != nullptr) x = x + S::load(residual + r * out.stride);
         S::store(to + r * out.stride, x);
       }
     } else {
       EFFNET_UNROLL
-      for (int r = 0; r < Rows; ++r) {
+      for (int r = 0; r < M; ++r) {
         V& x = sum[r * N + v];
         if (out.residual != nullptr) x = x + S::load_partial(residual + r * out.stride, n);
         S::store_partial(to + r * out.stride, x, n);
@@ -234,7 +267,7 @@ void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
     if (out.sums != nullptr) {
       V total = sum[v];
       EFFNET_UNROLL
-      for (int r = 1; r < Rows; ++r) total = total + sum[r * N + v];
+      for (int r = 1; r < M; ++r) total = total + sum[r * N + v];
       ExactSum<S> exact(S::load(out.sums + v * L), S::load(out.lost + v * L));
       exact.add(total);
       S::store(out.sums + v * L, exact.sum);
@@ -244,59 +277,79 @@ void multiply_tile(const typename Products<T>::Value* rows, int64_t stride,
 }
 
 template <class T, class To>
-using MultiplyTile = void (*)(const typename Products<T>::Value*, int64_t,
-                              const typename Products<T>::Value*, const Matrix<T>&, int64_t,
-                              const GemmOutput<To>&);
+using MultiplyTile = void (*)(const Rows<T>&, const typename Products<T>::Value*, const Matrix<T>&,
+                              int64_t, const GemmOutput<To>&);
 
-template <class T, class To, int N, int... Rows>
-EFFNET_INLINE MultiplyTile<T, To> multiply_tile_of(int rows, std::integer_sequence<int, Rows...>) {
-  static constexpr MultiplyTile<T, To> tiles[] = {multiply_tile<T, To, N, Rows + 1>...};
+template <class T, class To, int N, int... M>
+EFFNET_INLINE MultiplyTile<T, To> multiply_tile_of(int rows, std::integer_sequence<int, M...>) {
+  static constexpr MultiplyTile<T, To> tiles[] = {multiply_tile<T, To, N, M + 1>...};
   return tiles[rows - 1];
 }
 
-// `count` rows times one panel. Rows are divided evenly: a tile of one row would wait for its own
-// sums.
+// `count` rows times one panel of N vectors. Rows are divided evenly: a tile of one row would wait
+// for its own sums.
 template <class T, class To, int N>
-void multiply_panel(const typename Products<T>::Value* rows, int64_t stride, int count,
-                    const Matrix<T>& matrix, int64_t panel, GemmOutput<To> out) {
+void multiply_vectors(Rows<T> rows, int count, const Matrix<T>& matrix, int64_t panel,
+                      GemmOutput<To> out) {
   constexpr int Most = kTileRows<Simd<T>, N>;
   constexpr std::make_integer_sequence<int, Most> sizes{};
   const int tiles = (count + Most - 1) / Most, least = count / tiles, longer = count % tiles;
   const auto* values = matrix.values + matrix.offset(panel);
   for (int tile = 0; tile < tiles; ++tile) {
     const int size = least + (tile < longer ? 1 : 0);
-    multiply_tile_of<T, To, N>(size, sizes)(rows, stride, values, matrix, panel * kPanel<Simd<T>>,
-                                            out);
-    rows += size * stride;
+    multiply_tile_of<T, To, N>(size, sizes)(rows, values, matrix, panel * kPanel<Simd<T>>, out);
+    rows.values += size * rows.stride;
     out.to += size * out.stride;
     if (out.residual != nullptr) out.residual += size * out.stride;
   }
 }
 
-// `count` rows of matrix.depth values, `stride` apart, times panels [begin, end) of the matrix.
-// out.to and the rest of `out` belong to channel 0.
+// `count` rows times one panel. `out` belongs to channel 0.
 template <class T, class To>
-void multiply_rows(const typename Products<T>::Value* rows, int64_t stride, int count,
-                   const Matrix<T>& matrix, int64_t begin, int64_t end, const GemmOutput<To>& out) {
+void multiply_panel(const Rows<T>& rows, int count, const Matrix<T>& matrix, int64_t panel,
+                    GemmOutput<To> out) {
   using S = Simd<T>;
+  const int64_t k = panel * kPanel<S>;
+  out.to += k;
+  if (out.residual != nullptr) out.residual += k;
+  if (out.sums != nullptr) {
+    out.sums += k;
+    out.lost += k;
+  }
+  switch (panel_vectors<S>(panel, matrix.panels, matrix.channels)) {
+    case 1:
+      multiply_vectors<T, To, 1>(rows, count, matrix, panel, out);
+      break;
+    case 2:
+      multiply_vectors<T, To, 2>(rows, count, matrix, panel, out);
+      break;
+    default:
+      multiply_vectors<T, To, 3>(rows, count, matrix, panel, out);
+  }
+}
+
+// `count` rows times panels [begin, end) of the matrix.
+template <class T, class To>
+void multiply_rows(const Rows<T>& rows, int count, const Matrix<T>& matrix, int64_t begin,
+                   int64_t end, const GemmOutput<To>& out) {
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t k = panel * kPanel<S>;
-    GemmOutput<To> to = out;
-    to.to += k;
-    if (to.residual != nullptr) to.residual += k;
-    if (to.sums != nullptr) {
-      to.sums += k;
-      to.lost += k;
-    }
-    switch (panel_vectors<S>(panel, matrix.panels, matrix.channels)) {
-      case 1:
-        multiply_panel<T, To, 1>(rows, stride, count, matrix, panel, to);
-        break;
-      case 2:
-        multiply_panel<T, To, 2>(rows, stride, count, matrix, panel, to);
-        break;
-      default:
-        multiply_panel<T, To, 3>(rows, stride, count, matrix, panel, to);
+    multiply_panel(rows, count, matrix, panel, out);
+  }
+}
+
+// The sums of an image from those of its parts. A part has a row of sums [padded] and one of what
+// rounding took from them; to: [image][channel].
+template <class F>
+void merge_sums(const F* from, int64_t images, int64_t parts, int64_t channels, int64_t padded,
+                F* to) {
+  for (int64_t image = 0; image < images; ++image, from += parts * 2 * padded, to += channels) {
+    for (int64_t k = 0; k < channels; ++k) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        const F* sums = from + part * 2 * padded;
+        total += static_cast<double>(sums[k]) + static_cast<double>(sums[padded + k]);
+      }
+      to[k] = static_cast<F>(total);
     }
   }
 }

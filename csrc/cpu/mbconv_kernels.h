@@ -35,14 +35,14 @@ void pack_block(const MbconvInference& a, const MbconvPlan& p, const MbconvWeigh
     const int64_t first = b.channel / kPanel<S>;
     const int64_t last = block == p.depthwise.blocks - 1 ? p.expand_panels
                                                          : first + b.vectors * S::lanes / kPanel<S>;
-    pack_panels(w.expand, static_cast<const T*>(a.expand_weight), a.expand_bn, s.channels,
+    pack_panels(w.expand, static_cast<const T*>(a.expand_weight), a.expand_bn, s.channels, 1,
                 a.in_channels, first, last);
   }
 }
 
 template <class T>
 void pack_project(const MbconvInference& a, const MbconvWeights& w, int64_t begin, int64_t end) {
-  pack_panels(w.project, static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels,
+  pack_panels(w.project, static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels, 1,
               a.shape.channels, begin, end);
 }
 
@@ -133,8 +133,10 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
         out.to = ring + int64_t{next % p.ring_rows} * s.in_w * width - b.channel;
         out.stride = width;
         out.activation = a.expand_activation;
-        multiply_rows(static_cast<const Value*>(input) + int64_t{next} * s.in_w * p.input_stride,
-                      p.input_stride, rows * s.in_w, expand, first, last, out);
+        const Rows<T> pixels(
+            static_cast<const Value*>(input) + int64_t{next} * s.in_w * p.input_stride,
+            p.input_stride);
+        multiply_rows(pixels, rows * s.in_w, expand, first, last, out);
         next += rows;
       }
       for (int i = window.lo; i < window.hi; ++i) {
@@ -195,7 +197,7 @@ void project(const MbconvInference& a, const MbconvWeights& w, const void* gated
   out.stride = a.out_channels;
   out.residual = a.residual ? static_cast<const T*>(a.input) + offset : nullptr;
   out.activation = a.project_activation;
-  multiply_rows(from, matrix.depth, static_cast<int>(rows), matrix, begin, end, out);
+  multiply_rows(Rows<T>(from, matrix.depth), static_cast<int>(rows), matrix, begin, end, out);
 }
 
 template <class T>

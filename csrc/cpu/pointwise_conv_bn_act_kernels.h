@@ -13,8 +13,8 @@ namespace {
 
 template <class T>
 void pack(const PointwiseInference& a, int64_t begin, int64_t end, void* matrix) {
-  pack_panels(matrix, static_cast<const T*>(a.weight), a.bn, a.out_channels, a.in_channels, begin,
-              end);
+  pack_panels(matrix, static_cast<const T*>(a.weight), a.bn, a.out_channels, 1, a.in_channels,
+              begin, end);
 }
 
 template <class T>
@@ -56,24 +56,15 @@ void multiply(const PointwiseInference& a, const PointwisePlan& p, const void* p
       clear(out.sums + channel, channels);
       clear(out.lost + channel, channels);
     }
-    multiply_rows(rows, matrix.depth, count, matrix, first, last, out);
+    multiply_rows(Rows<T>(rows, matrix.depth), count, matrix, first, last, out);
   }
 }
 
 template <class T>
 void merge(const PointwiseInference& a, const PointwisePlan& p, const void* sums) {
   using F = typename Simd<T>::Scalar;
-  const int64_t padded = p.padded_channels;
-  for (int64_t image = 0; image < p.images; ++image) {
-    for (int64_t k = 0; k < a.out_channels; ++k) {
-      double total = 0;
-      for (int64_t block = 0; block < p.row_blocks; ++block) {
-        const F* slot = static_cast<const F*>(sums) + (image * p.row_blocks + block) * 2 * padded;
-        total += static_cast<double>(slot[k]) + static_cast<double>(slot[padded + k]);
-      }
-      static_cast<F*>(a.pooled)[image * a.out_channels + k] = static_cast<F>(total);
-    }
-  }
+  merge_sums(static_cast<const F*>(sums), p.images, p.row_blocks, a.out_channels, p.padded_channels,
+             static_cast<F*>(a.pooled));
 }
 
 template <class T>

@@ -9,6 +9,7 @@ from effnet_kernels.ops.depthwise_conv_bn_act import (
     depthwise_conv_bn_act,
 )
 from effnet_kernels.ops.fused_mbconv import fused_mbconv
+from effnet_kernels.ops.fused_mbconv_train import FusedMbconvTrainOutput, fused_mbconv_train
 from effnet_kernels.ops.mbconv import mbconv
 from effnet_kernels.ops.mbconv_train import MbconvTrainOutput, mbconv_train
 from effnet_kernels.ops.pointwise_conv_bn_act import (
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNormActOutput",
     "ConvBn",
     "DepthwiseConvBnActOutput",
+    "FusedMbconvTrainOutput",
     "MbconvTrainOutput",
     "PointwiseConvBnActOutput",
     "Prologue",
@@ -29,6 +31,7 @@ __all__ = [
     "batch_norm_act",
     "depthwise_conv_bn_act",
     "fused_mbconv",
+    "fused_mbconv_train",
     "mbconv",
     "mbconv_train",
     "pointwise_conv_bn_act",

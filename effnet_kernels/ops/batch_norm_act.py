@@ -264,7 +264,7 @@ BatchNorm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 def backward_out(
     backend: str, grad_output: Tensor, input: Tensor, bn: BatchNorm, activation: int,
     gate: Tensor | None, batch_stats: bool, grad_input: Tensor, grad_bn_weight: Tensor,
-    grad_bn_bias: Tensor,
+    grad_bn_bias: Tensor, grad_pooled: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The gradients of ``input`` and of BN's weight and bias, where there are elements.
 
@@ -276,11 +276,12 @@ def backward_out(
         activation: the code of the activation after it.
         gate: (N, C) factors after that, or None.
         batch_stats: ``bn`` is by the statistics of ``input`` itself.
-        grad_input: written, like those that follow.
+        grad_input: written, like the two that follow.
         grad_bn_weight: (C,).
         grad_bn_bias: (C,).
+        grad_pooled: (N, C), the gradient of the sums of the activation's results, or None.
     """
-    common = (grad_output, input, *bn, activation, gate, None)
+    common = (grad_output, input, *bn, activation, gate, grad_pooled)
     backends.kernel(backend, "batch_norm_act_sums_out")(*common, grad_bn_weight, grad_bn_bias)
     statistics = (grad_bn_weight, grad_bn_bias) if batch_stats else (None, None)
     backends.kernel(backend, "batch_norm_act_backward_out")(*common, *statistics, False, grad_input)

@@ -47,20 +47,25 @@ from torch import Tensor
 
 from effnet_kernels import backends
 from effnet_kernels.ops import checks, library
-from effnet_kernels.ops.batch_norm_act import (
-    affine_out,
-    backward_out,
-    per_sample,
-    standardise_out,
-)
+from effnet_kernels.ops.batch_norm_act import affine_out, standardise_out
 from effnet_kernels.ops.batch_norm_act import reference as batch_norm_reference
 from effnet_kernels.ops.block import (
     ConvBn,
     SqueezeExcite,
     Statistics,
     check_residual,
-    names_of,
     to_autocast,
+)
+from effnet_kernels.ops.block_train import (
+    Excite,
+    Expanded,
+    Project,
+    project_backward,
+    project_forward,
+    register,
+    rows_of,
+    rows_of_weights,
+    statistics_of,
 )
 from effnet_kernels.ops.depthwise_conv_bn_act import output_hw
 from effnet_kernels.ops.depthwise_conv_bn_act import reference as depthwise_reference
@@ -68,10 +73,6 @@ from effnet_kernels.ops.mbconv import block_arguments, check_block, kernel_block
 from effnet_kernels.ops.squeeze_excite import reference as squeeze_excite_reference
 
 OP = "mbconv_train"
-_PROJECT_FROM_CONV = ("cpu",)
-"""Backends where the library's own product, which computes z as it loads d, is the faster one. On a
-GPU it has not been measured.
-"""
 _IDENTITY = 0
 
 
@@ -159,7 +160,7 @@ def mbconv_train(
             input, expand, depthwise, squeeze_excite, project, checked.stride, checked.pads,
             training=training, residual=residual, sample_scale=sample_scale,
         )  # fmt: skip
-    output, vectors, *_ = _FORWARD[backend](
+    output, vectors, *_ = _OPS.forward[backend](
         input.contiguous(memory_format=torch.channels_last),
         *kernel_block(input, expand, depthwise, squeeze_excite, project, checked),
         residual,
@@ -169,7 +170,7 @@ def mbconv_train(
     if not training:
         return MbconvTrainOutput(output, None, None, None)
     weights = (None if expand is None else expand.weight, depthwise.weight, project.weight)
-    parts = vectors.split_with_sizes(_vector_sizes(_sizes(*weights), training))
+    parts = vectors.split_with_sizes(_vector_sizes(rows_of_weights(*weights), training))
     pixels = n * out_h * out_w
     return MbconvTrainOutput(
         output,
@@ -178,14 +179,6 @@ def mbconv_train(
         Statistics(parts[1], parts[4], pixels),
         Statistics(parts[2], parts[5], pixels),
     )  # fmt: skip
-
-
-def _sizes(
-    expand_weight: Tensor | None, depthwise_weight: Tensor, project_weight: Tensor
-) -> list[int]:
-    """The channels of the three BNs, 0 for one that is not there."""
-    channels = depthwise_weight.shape[0]
-    return [0 if expand_weight is None else channels, channels, project_weight.shape[0]]
 
 
 def reference(
@@ -215,7 +208,7 @@ def reference(
             y, mean, var, bn_weight, bn_bias, training, eps, activation, residual=residual,
             sample_scale=scale,
         )  # fmt: skip
-        return result.output, _statistics(result.batch_mean, result.batch_var, y)
+        return result.output, statistics_of(result.batch_mean, result.batch_var, y)
 
     x, expanded = (input, None) if expand is None else pointwise(input, expand)
     weight, mean, var, bn_weight, bn_bias, eps, activation = depthwise
@@ -228,14 +221,8 @@ def reference(
         x = squeeze_excite_reference(x, *squeeze_excite, pooled=None)
     output, projected = pointwise(x, project, input if residual else None, sample_scale)
     return MbconvTrainOutput(
-        output, expanded, _statistics(d.batch_mean, d.batch_var, d.output), projected
+        output, expanded, statistics_of(d.batch_mean, d.batch_var, d.output), projected
     )
-
-
-def _statistics(mean: Tensor | None, var: Tensor | None, of: Tensor) -> Statistics | None:
-    if mean is None or var is None:
-        return None
-    return Statistics(mean, var, of.numel() // of.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,35 +235,6 @@ def _statistics(mean: Tensor | None, var: Tensor | None, of: Tensor) -> Statisti
 
 
 _ARGUMENTS = f"{block_arguments('Tensor?')}, bool residual, Tensor? sample_scale, bool training"
-_NAMES = names_of(_ARGUMENTS)
-_SAVED = ("vectors", "expanded", "conv", "projected", "gate_values", "hidden", "low_weights")
-"""What forward leaves for backward, which is given the rest of what forward was."""
-_ARGUMENT_OF = dict(zip(_NAMES, _ARGUMENTS.split(", "), strict=True))
-_BACKWARD_TENSORS = tuple(
-    name
-    for name, argument in _ARGUMENT_OF.items()
-    if argument.startswith("Tensor") and name not in ("reduce_bias", "excite_bias")
-)
-_BACKWARD_SETTINGS = tuple(
-    name for name, argument in _ARGUMENT_OF.items() if not argument.startswith("Tensor")
-)
-_GRADIENTS = (
-    "input", "expand_weight", "depthwise_weight", "reduce_weight", "reduce_bias", "excite_weight",
-    "excite_bias", "project_weight",
-)  # fmt: skip
-"""What backward computes a tensor each of, before the one of BNs' parameters:"""
-_STAGES = ("expand", "depthwise", "project")
-_BN_GRADIENTS = tuple(f"{stage}_bn_{kind}" for kind in ("weight", "bias") for stage in _STAGES)
-_TENSOR_SLOTS, _SETTING_SLOTS, _GRADIENT_SLOTS, _BN_SLOTS = (
-    tuple(map(_NAMES.index, names))
-    for names in (_BACKWARD_TENSORS, _BACKWARD_SETTINGS, _GRADIENTS, _BN_GRADIENTS)
-)
-
-
-def _rows(image: Tensor) -> Tensor:
-    """A dense channels-last image as the matrix (pixels, C) that it is."""
-    n, channels, height, width = image.shape
-    return image.as_strided((n * height * width, channels), (channels, 1))
 
 
 def _vector_sizes(sizes: list[int], training: bool) -> list[int]:
@@ -338,7 +296,7 @@ def _allocate(
     channels, features = depthwise_weight.shape[0], project_weight.shape[0]
     out_h, out_w = output_hw(input, depthwise_weight, stride, padding)
     dtype = checks.accumulator(input)
-    sizes = _sizes(expand_weight, depthwise_weight, project_weight)
+    sizes = rows_of_weights(expand_weight, depthwise_weight, project_weight)
     gated = (0, 0) if reduce_weight is None else (n, channels)
     low = _low_sizes(input, (expand_weight, depthwise_weight, project_weight))
     return (
@@ -392,7 +350,7 @@ def _forward(
     expand_matrix, _, project_matrix = matrices
     assert project_matrix is not None
     parts = vectors.split_with_sizes(
-        _vector_sizes(_sizes(expand_weight, depthwise_weight, project_weight), training)
+        _vector_sizes(rows_of_weights(expand_weight, depthwise_weight, project_weight), training)
     )
     means: Sequence[Any] = (expand_mean, depthwise_mean, project_mean)
     variances: Sequence[Any] = (expand_var, depthwise_var, project_var)
@@ -400,7 +358,7 @@ def _forward(
         means, variances = parts[:3], parts[3:6]
     scale = shift = None
     if expand_matrix is not None:
-        torch.mm(_rows(input), expand_matrix.t(), out=_rows(expanded))
+        torch.mm(rows_of(input), expand_matrix.t(), out=rows_of(expanded))
         if training:
             kernel("channel_statistics_out", expanded, means[0], variances[0])
         scale, shift = parts[-2:]
@@ -412,45 +370,25 @@ def _forward(
         padding[0], padding[1], depthwise_activation, scale, shift, expand_activation, training,
         conv, means[1], variances[1], None, None,
     )  # fmt: skip
-    bn = (means[1], variances[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps)
-    gate = None
-    if reduce_weight is not None:
-        pooled, gate = values.unbind()
-        kernel("batch_norm_act_out", conv, *bn, depthwise_activation, None, None, None, pooled)
-        kernel(
-            "squeeze_excite_gate_out", pooled, conv.shape[2] * conv.shape[3], reduce_weight,
-            reduce_bias, excite_weight, excite_bias, se_activation, gate_activation, hidden, gate,
-        )  # fmt: skip
-    if backend in _PROJECT_FROM_CONV:
-        scale, shift = vectors.new_empty((2, conv.shape[1])).unbind()
-        affine_out(backend, bn, scale, shift)
-        mean, var = scale.new_zeros(projected.shape[1]), scale.new_ones(projected.shape[1])
-        kernel(
-            "pointwise_conv_bn_act_out", conv, project_matrix, mean, var, None, None, 0.0,
-            _IDENTITY, scale, shift, depthwise_activation, gate, None, False, projected, None,
-        )  # fmt: skip
-    else:
-        scaled = torch.empty_like(conv)
-        kernel("batch_norm_act_out", conv, *bn, depthwise_activation, gate, None, scaled, None)
-        torch.mm(_rows(scaled), project_matrix.t(), out=_rows(projected))
-    if training:
-        kernel("channel_statistics_out", projected, means[2], variances[2])
-    kernel(
-        "batch_norm_act_out", projected, means[2], variances[2], project_bn_weight,
-        project_bn_bias, project_eps, project_activation,
-        per_sample(sample_scale, projected.shape[1]), input if residual else None, output, None,
+    project_forward(
+        backend,
+        Expanded(
+            conv, (means[1], variances[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps),
+            depthwise_activation,
+        ),
+        Excite(
+            reduce_weight, reduce_bias, excite_weight, excite_bias, se_activation, gate_activation,
+            values, hidden,
+        ),
+        Project(
+            project_matrix,
+            (means[2], variances[2], project_bn_weight, project_bn_bias, project_eps),
+            project_activation, projected, sample_scale, training,
+        ),
+        input if residual else None,
+        output,
     )  # fmt: skip
     return results
-
-
-def _forward_fake(
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    named = dict(zip(_NAMES, arguments, strict=True))
-    return _allocate(
-        named["input"], named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
-        named["project_weight"], named["stride"], named["padding"], named["training"],
-    )  # fmt: skip
 
 
 def _allocate_backward(
@@ -473,7 +411,7 @@ def _allocate_backward(
         bias(excite_weight),
         like(project_weight),
         input.new_empty(
-            2 * sum(_sizes(expand_weight, depthwise_weight, project_weight)),
+            2 * sum(rows_of_weights(expand_weight, depthwise_weight, project_weight)),
             dtype=checks.accumulator(input),
         ),
     )
@@ -510,7 +448,7 @@ def _backward(
     def kernel(name: str, *arguments: Any) -> None:
         backends.kernel(backend, name)(*arguments)
 
-    sizes = _sizes(expand_weight, depthwise_weight, project_weight)
+    sizes = rows_of_weights(expand_weight, depthwise_weight, project_weight)
     parts = vectors.split_with_sizes(_vector_sizes(sizes, training))
     means: Sequence[Any] = (expand_mean, depthwise_mean, project_mean)
     variances: Sequence[Any] = (expand_var, depthwise_var, project_var)
@@ -529,37 +467,24 @@ def _backward(
         grad_taps = grad_matrices[1].view(depthwise_weight.shape)
         depthwise_weight = matrices[1].view(depthwise_weight.shape)
     expand_matrix, _, project_matrix = matrices
-    assert project_matrix is not None
-    # project and its BN
-    grad_projected, grad_scaled, scaled = (torch.empty_like(t) for t in (projected, conv, conv))
-    backward_out(
-        backend, grad_output, projected,
-        (means[2], variances[2], project_bn_weight, project_bn_bias, project_eps),
-        project_activation, per_sample(sample_scale, projected.shape[1]), training, grad_projected,
-        grad_weight[2], grad_bias[2],
-    )  # fmt: skip
-    grad_rows = _rows(grad_projected)
-    torch.mm(grad_rows, project_matrix, out=_rows(grad_scaled))
-    # the gate, and z once more for project's weight
+    grad_project_matrix = grad_matrices[2]
+    assert project_matrix is not None and grad_project_matrix is not None
     bn = (means[1], variances[1], depthwise_bn_weight, depthwise_bn_bias, depthwise_eps)
-    grad_pooled = None
-    if reduce_weight is None or excite_weight is None:
-        kernel("batch_norm_act_out", conv, *bn, depthwise_activation, None, None, scaled, None)
-    else:
-        pooled, gate = values.unbind()
-        grad_gate, grad_pooled = torch.empty_like(values).unbind()
-        kernel(
-            "batch_norm_act_gate_out", grad_scaled, conv, *bn, depthwise_activation, gate,
-            grad_gate, scaled, grad_scaled,
-        )  # fmt: skip
-        kernel(
-            "squeeze_excite_gate_backward_out", grad_gate, pooled, conv.shape[2] * conv.shape[3],
-            hidden, gate, reduce_weight, excite_weight, se_activation, gate_activation,
-            grad_pooled, grad_reduce.flatten(1), grad_reduce_bias, grad_excite.flatten(1),
-            grad_excite_bias,
-        )  # fmt: skip
-    torch.mm(grad_rows.t(), _rows(scaled), out=grad_matrices[2])
-    del scaled, grad_projected, grad_rows
+    grad_scaled, grad_pooled = project_backward(
+        backend,
+        grad_output,
+        Expanded(conv, bn, depthwise_activation),
+        Excite(
+            reduce_weight, None, excite_weight, None, se_activation, gate_activation, values, hidden
+        ),
+        Project(
+            project_matrix,
+            (means[2], variances[2], project_bn_weight, project_bn_bias, project_eps),
+            project_activation, projected, sample_scale, training,
+        ),
+        (grad_reduce, grad_reduce_bias, grad_excite, grad_excite_bias),
+        (grad_project_matrix, grad_weight[2], grad_bias[2]),
+    )  # fmt: skip
     # the depthwise stage, through the activation of expand
     depthwise = (
         grad_scaled, grad_pooled, conv, *bn, depthwise_activation, training,
@@ -591,76 +516,34 @@ def _backward(
                 "batch_norm_act_backward_out", grad_expanded, expanded, *bn, _IDENTITY, None, None,
                 grad_scale, grad_shift, True, grad_expanded,
             )  # fmt: skip
-        rows = _rows(grad_expanded)
+        rows = rows_of(grad_expanded)
         if residual:
-            torch.addmm(_rows(grad_output), rows, expand_matrix, out=_rows(grad_input))
+            torch.addmm(rows_of(grad_output), rows, expand_matrix, out=rows_of(grad_input))
         else:
-            torch.mm(rows, expand_matrix, out=_rows(grad_input))
-        torch.mm(rows.t(), _rows(input), out=grad_matrices[0])
+            torch.mm(rows, expand_matrix, out=rows_of(grad_input))
+        torch.mm(rows.t(), rows_of(input), out=grad_matrices[0])
     if low_weights.numel() > 0:
         torch._foreach_copy_(*_cast_between(weight_grads, grad_matrices))
     return grads
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    named = dict(zip(_BACKWARD_NAMES, arguments, strict=True))
-    return _allocate_backward(
+_OPS = register(
+    OP,
+    _ARGUMENTS,
+    stages=("expand", "depthwise", "project"),
+    saved=("vectors", "expanded", "conv", "projected", "gate_values", "hidden", "low_weights"),
+    gradients=(
+        "input", "expand_weight", "depthwise_weight", "reduce_weight", "reduce_bias",
+        "excite_weight", "excite_bias", "project_weight",
+    ),
+    forward=_forward,
+    allocate=lambda named: _allocate(
+        named["input"], named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
+        named["project_weight"], named["stride"], named["padding"], named["training"],
+    ),
+    backward=_backward,
+    allocate_backward=lambda named: _allocate_backward(
         named["input"], named["expand_weight"], named["depthwise_weight"], named["reduce_weight"],
         named["excite_weight"], named["project_weight"],
-    )  # fmt: skip
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.settings = [inputs[slot] for slot in _SETTING_SLOTS]
-    ctx.save_for_backward(*output[1:], *(inputs[slot] for slot in _TENSOR_SLOTS))
-
-
-def _autograd_backward(
-    backend: str, ctx: Any, grad_output: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    result: list[Tensor | None] = [None] * len(needs)
-    if grad_output is None:
-        return tuple(result)
-    saved = ctx.saved_tensors
-    *grads, grad_bn = _BACKWARD[backend](grad_output, *saved, *ctx.settings)
-    for slot, grad in zip(_GRADIENT_SLOTS, grads, strict=True):
-        if needs[slot]:
-            result[slot] = grad
-    tensors = dict(zip(_TENSOR_SLOTS, saved[len(_SAVED) :], strict=True))
-    sizes = _sizes(*(tensors[_NAMES.index(f"{stage}_weight")] for stage in _STAGES))
-    for slot, grad in zip(_BN_SLOTS, grad_bn.split_with_sizes([*sizes, *sizes]), strict=True):
-        if needs[slot]:
-            dtype = tensors[slot].dtype
-            result[slot] = grad if grad.dtype == dtype else grad.to(dtype)
-    return tuple(result)
-
-
-_FORWARD: dict[str, Any] = library.register(
-    OP,
-    f"({_ARGUMENTS}) -> (Tensor output, {', '.join(f'Tensor {name}' for name in _SAVED)})",
-    implementation=_forward,
-    fake=_forward_fake,
-    on_cpu=True,
-)
-library.differentiable(OP, backward=_autograd_backward, setup_context=_setup_context)
-_BACKWARD_ARGUMENTS = ", ".join(
-    (
-        "Tensor grad_output",
-        *(f"Tensor {name}" for name in _SAVED),
-        *(_ARGUMENT_OF[name] for name in (*_BACKWARD_TENSORS, *_BACKWARD_SETTINGS)),
-    )
-)
-_BACKWARD_NAMES = names_of(_BACKWARD_ARGUMENTS)
-_BACKWARD: dict[str, Any] = library.register(
-    f"{OP}_backward",
-    f"({_BACKWARD_ARGUMENTS}) -> ("
-    + ", ".join(f"Tensor grad_{name}" for name in (*_GRADIENTS, "bn"))
-    + ")",
-    implementation=_backward,
-    fake=_backward_fake,
-    on_cpu=True,
-)
-library.not_differentiable(f"{OP}_backward", f"{OP} has no second derivative (double backward)")
+    ),
+)  # fmt: skip

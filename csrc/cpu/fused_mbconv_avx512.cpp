@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#define EFFNET_TARGET_AVX512
+// clang-format off: the target comes first
+#include "target.h"
+#include "fused_mbconv_kernels.h"
+// clang-format on
+
+EFFNET_TARGET_END
+#endif
