@@ -104,8 +104,8 @@ def convert(
     and so is ``torch.jit.script``, which reads source: ``restore`` the model before it.
 
     Args:
-        model: any module with blocks of timm (``InvertedResidual``, ``DepthwiseSeparableConv``) or
-            torchvision (``MBConv``).
+        model: any module with blocks of timm (``InvertedResidual``, ``DepthwiseSeparableConv``,
+            ``EdgeResidual``, ``ConvBnAct``) or torchvision (``MBConv``, ``FusedMBConv``).
         filter_fn: called with the name and module of each block; False leaves it as it is.
         strict: convert all the blocks that ``filter_fn`` admits, or none and raise.
 

@@ -8,11 +8,12 @@ import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build 
 from torch import nn
 
 
-def run(rank: int, address: str, path: str) -> None:
+def run(rank: int, name: str, address: str, path: str) -> None:
     """Saves the gradients of a stock and of a converted model, averaged over the processes.
 
     Args:
         rank: of 2.
+        name: of the model.
         address: where the processes meet.
         path: of the result, to which the rank is added.
     """
@@ -21,7 +22,7 @@ def run(rank: int, address: str, path: str) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.set_num_threads(1)
     results = []
-    for model in make_models():
+    for model in make_models(name):
         replica = nn.parallel.DistributedDataParallel(model.train())
         logits = replica(images(rank))
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()

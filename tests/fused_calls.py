@@ -27,8 +27,13 @@ class Calls(TorchDispatchMode):
 
     @property
     def whole(self) -> int:
-        """Forward calls of whole blocks."""
+        """Forward calls of whole MBConv blocks."""
         return self._forward("mbconv", "mbconv_train")
+
+    @property
+    def fused_mbconv(self) -> int:
+        """Forward calls of Fused-MBConv blocks."""
+        return self._forward("fused_mbconv", "fused_mbconv_train")
 
     @property
     def normalised(self) -> int:

@@ -6,5 +6,6 @@ from effnet_kernels.layers.depthwise_conv_bn_act import (
     DepthwiseConvBnAct,
     run_depthwise_conv_bn_act,
 )
+from effnet_kernels.layers.fused_mbconv import FusedMBConv
 
-__all__ = ["DepthwiseConvBnAct", "run_depthwise_conv_bn_act"]
+__all__ = ["DepthwiseConvBnAct", "FusedMBConv", "run_depthwise_conv_bn_act"]

@@ -50,6 +50,20 @@ def depthwise_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
             f"{name} is not depthwise ({channels} to {conv.out_channels} channels in "
             f"{conv.groups} groups)"
         )
+    return _window_refusal(name, conv)
+
+
+def dense_conv_refusal(name: str, conv: nn.Conv2d) -> str | None:
+    """Why the op of the dense k x k convolution cannot stand in for ``conv``, whose class the
+    caller has checked.
+    """
+    if conv.groups != 1:
+        return f"{name} has {conv.groups} groups, not 1"
+    return _window_refusal(name, conv)
+
+
+def _window_refusal(name: str, conv: nn.Conv2d) -> str | None:
+    """Why no op has the windows of ``conv``."""
     kernel, stride, padding, weight = conv.kernel_size, conv.stride, conv.padding, conv.weight
     if kernel[0] != kernel[1] or kernel[0] not in (3, 5, 7):
         return f"{name} has kernel size {kernel}, not 3, 5 or 7"

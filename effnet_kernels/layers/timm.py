@@ -2,11 +2,12 @@
 
 Each adapter is a subclass of its stock block with another ``forward``, and a stock block becomes
 one by having its class changed: children, parameters, ``state_dict`` and hooks stay where they are.
-A block is one op: ``mbconv`` in inference, ``mbconv_train`` where gradients or batch statistics are
-wanted. Where something hangs on a child that the op would bypass, the depthwise convolution, its BN
-and its activation run on one op, which also leaves the sums that squeeze-and-excitation needs, and
-that on another; the rest is called as before, but for the expansion's BN and activation, which in
-inference are the first op's prologue.
+A block is one op: ``mbconv`` or ``fused_mbconv`` in inference, ``mbconv_train`` or
+``fused_mbconv_train`` where gradients or batch statistics are wanted. Where something hangs on a
+child that the op would bypass, Fused-MBConv is left to timm. Of MBConv the depthwise convolution,
+its BN and its activation then run on one op, which also leaves the sums that squeeze-and-excitation
+needs, and that on another; the rest is called as before, but for the expansion's BN and activation,
+which in inference are the first op's prologue.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
+    EdgeResidual,
     InvertedResidual,
     SqueezeExcite,
 )
@@ -29,25 +31,21 @@ from torch import Tensor, nn
 
 from effnet_kernels.layers.adapter import Adapter
 from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
+from effnet_kernels.layers.block import Excite, Stage, drawn_sample_scale, statistics_refusal
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
     ACTIVATIONS,
     call_refusal,
     conv_padding,
+    dense_conv_refusal,
     depthwise_conv_refusal,
     module_refusal,
     named_refusal,
     pointwise_conv_refusal,
     squeeze_excite_parts_refusal,
 )
-from effnet_kernels.layers.mbconv import (
-    Block,
-    Excite,
-    Stage,
-    drawn_sample_scale,
-    run_mbconv,
-    statistics_refusal,
-)
+from effnet_kernels.layers.fused_mbconv import FusedBlock, run_fused_mbconv
+from effnet_kernels.layers.mbconv import Block, run_mbconv
 from effnet_kernels.layers.remembered import remembered
 from effnet_kernels.layers.running_statistics import normalises_by_batch, updates_together
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
@@ -120,14 +118,29 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
         return x
 
 
+class FusedEdgeResidual(EdgeResidual):  # type: ignore[misc]
+    """``EdgeResidual`` (Fused-MBConv) as one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        refused = call_refusal("fused_mbconv", x) is not None
+        if not refused and (whole := remembered(self, _whole_edge_residual)) is not None:
+            return run_fused_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
+        output: Tensor = super().forward(x)
+        return output
+
+
 class FusedConvBnAct(ConvBnAct):  # type: ignore[misc]
-    """``ConvBnAct`` with its BN, activation, drop path and residual as one op, in inference with a
-    1x1 convolution as well.
+    """``ConvBnAct`` as one op; where something hangs on its convolution, or that is of a kind that
+    no kernel knows, with its BN, activation, drop path and residual as one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
-        if call_refusal("batch_norm_act", x) is not None or conv_bn_act_refusal(self) is not None:
+        refused = call_refusal("batch_norm_act", x) is not None
+        if not refused and (whole := remembered(self, _whole_conv_bn_act)) is not None:
+            return run_fused_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
+        if refused or conv_bn_act_refusal(self) is not None:
             output: Tensor = super().forward(x)
             return output
         bn, activation = self.bn1, _ACTIVATIONS[type(self.bn1.act)]
@@ -206,6 +219,46 @@ def norm_refusal(norm: BatchNormAct2d) -> str | None:
     return _act_refusal("it", norm) or statistics_refusal([norm])
 
 
+def edge_residual_refusal(block: EdgeResidual) -> str | None:
+    """Why ``block`` is not one op, or None."""
+    reason = (
+        _dense_refusal("conv_exp", block.conv_exp)
+        or _norm_act_refusal("bn1", block.bn1)
+        or pointwise_conv_refusal("conv_pwl", block.conv_pwl)
+        or _norm_act_refusal("bn2", block.bn2)
+        or _idle_refusal(block)
+    )
+    if reason is not None:
+        return reason
+    if block.conv_pwl.bias is not None:
+        return "conv_pwl has a bias"
+    return statistics_refusal([block.bn1, block.bn2]) or _excite_refusal(block.se)
+
+
+def _dense_refusal(name: str, conv: Any) -> str | None:
+    """Why ``conv`` is no dense convolution that the op has."""
+    if type(conv) is not nn.Conv2d and type(conv) is not Conv2dSame:
+        return f"{name} is a {type(conv).__name__}, not a Conv2d or Conv2dSame"
+    return dense_conv_refusal(name, conv)
+
+
+def _whole_edge_residual(block: EdgeResidual) -> FusedBlock | None:
+    """``block`` as one op, or None where it is not."""
+    if edge_residual_refusal(block) is not None:
+        return None
+    expand, project = _stage(block.conv_exp, block.bn1), _stage(block.conv_pwl, block.bn2)
+    padding = _padding(expand.conv)
+    return FusedBlock(expand, _excite(block.se), project, padding, block.has_skip)
+
+
+def _whole_conv_bn_act(block: ConvBnAct) -> FusedBlock | None:
+    """``block`` as one op, or None where it is not."""
+    if conv_bn_act_refusal(block) or _dense_refusal("conv", block.conv):
+        return None
+    expand = _stage(block.conv, block.bn1)
+    return FusedBlock(expand, None, None, _padding(expand.conv), block.has_skip)
+
+
 def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | None:
     """Why ``block``, whose depthwise stage the caller has checked, is not one op, or None."""
     convs: list[tuple[str, Any]] = [("conv_pw", block.conv_pw)]
@@ -228,12 +281,12 @@ def whole_refusal(block: InvertedResidual | DepthwiseSeparableConv) -> str | Non
         return reason
     if block.conv_s2d is not None:
         return "it has a space-to-depth convolution"
-    reason = _idle_refusal(block)
-    if reason is not None:
-        return reason
-    if type(block.se) is nn.Identity:
-        return named_refusal("se", block.se)
-    return squeeze_excite_refusal(block.se)
+    return _idle_refusal(block) or _excite_refusal(block.se)
+
+
+def _excite_refusal(se: Any) -> str | None:
+    """Why ``se`` is neither squeeze-and-excitation that the op has nor nothing."""
+    return named_refusal("se", se) if type(se) is nn.Identity else squeeze_excite_refusal(se)
 
 
 def _whole_inverted_residual(block: InvertedResidual) -> Block | None:
@@ -261,17 +314,16 @@ def _whole(
     depthwise: Stage,
     project: Stage,
 ) -> Block:
-    se = block.se
-    excite = None
-    if type(se) is not nn.Identity:
-        excite = Excite(
-            se.conv_reduce,
-            se.conv_expand,
-            _ACTIVATIONS[type(se.act1)],
-            _ACTIVATIONS[type(se.gate)],
-        )
     padding = _padding(depthwise.conv)
-    return Block(expand, depthwise, excite, project, padding, block.has_skip)
+    return Block(expand, depthwise, _excite(block.se), project, padding, block.has_skip)
+
+
+def _excite(se: Any) -> Excite | None:
+    if type(se) is nn.Identity:
+        return None
+    return Excite(
+        se.conv_reduce, se.conv_expand, _ACTIVATIONS[type(se.act1)], _ACTIVATIONS[type(se.gate)]
+    )
 
 
 def _sample_scale(drop_path: Any, x: Tensor) -> Tensor | None:
@@ -396,6 +448,7 @@ ADAPTERS: tuple[Adapter, ...] = (
         FusedDepthwiseSeparableConv,
         lambda block: depthwise_refusal(block.conv_dw, "bn1", block.bn1),
     ),
+    Adapter(EdgeResidual, FusedEdgeResidual, edge_residual_refusal),
     Adapter(ConvBnAct, FusedConvBnAct, conv_bn_act_refusal),
     Adapter(BatchNormAct2d, FusedBatchNormAct2d, norm_refusal),
     Adapter(EfficientNet, FusedEfficientNet, head_refusal),

@@ -1,7 +1,8 @@
 """Adapters for torchvision's blocks (torchvision 0.28). Importing this module imports torchvision.
 
-As in ``layers.timm``, a stock block becomes a fused one by having its class changed. ``MBConv``
-keeps its stages in a ``Sequential``: (expand,) depthwise, squeeze-and-excitation, project.
+As in ``layers.timm``, a stock block becomes a fused one by having its class changed. Blocks keep
+their stages in a ``Sequential``: ``MBConv`` (expand,) depthwise, squeeze-and-excitation, project;
+``FusedMBConv`` expand(, project).
 """
 
 from __future__ import annotations
@@ -9,30 +10,26 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models.efficientnet import MBConv
+from torchvision.models.efficientnet import FusedMBConv, MBConv
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 from effnet_kernels.layers.adapter import Adapter
 from effnet_kernels.layers.batch_norm_act import run_batch_norm_act
+from effnet_kernels.layers.block import Excite, Stage, drawn_sample_scale, statistics_refusal
 from effnet_kernels.layers.depthwise_conv_bn_act import run_depthwise_conv_bn_act
 from effnet_kernels.layers.eligibility import (
     ACTIVATIONS,
     call_refusal,
     conv_padding,
+    dense_conv_refusal,
     depthwise_conv_refusal,
     named_refusal,
     pointwise_conv_refusal,
     squeeze_excite_parts_refusal,
 )
-from effnet_kernels.layers.mbconv import (
-    Block,
-    Excite,
-    Stage,
-    drawn_sample_scale,
-    run_mbconv,
-    statistics_refusal,
-)
+from effnet_kernels.layers.fused_mbconv import FusedBlock, run_fused_mbconv
+from effnet_kernels.layers.mbconv import Block, run_mbconv
 from effnet_kernels.layers.remembered import remembered
 from effnet_kernels.ops import squeeze_excite
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
@@ -62,6 +59,19 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
         if self.use_res_connect:
             result = self.stochastic_depth(result) + input
         return result
+
+
+class FusedTorchvisionFusedMBConv(FusedMBConv):  # type: ignore[misc]
+    """``FusedMBConv`` as one op."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The block of input, (N, C, H, W)."""
+        refused = call_refusal("fused_mbconv", input) is not None
+        if not refused and (whole := remembered(self, _whole_fused)) is not None:
+            drop = self.stochastic_depth
+            return run_fused_mbconv(input, whole, lambda: _sample_scale(drop, input))
+        output: Tensor = super().forward(input)
+        return output
 
 
 class FusedConv2dNormActivation(Conv2dNormActivation):  # type: ignore[misc]
@@ -141,11 +151,49 @@ def whole_refusal(block: Any) -> str | None:
             return reason
         if stage[0].bias is not None:
             return f"{name}.0 has a bias"
-    drop = block.stochastic_depth
+    norms = [stage[1] for stage in (expand, depthwise, project) if stage is not None]
+    return _drop_refusal(block.stochastic_depth) or statistics_refusal(norms)
+
+
+def fused_refusal(block: Any) -> str | None:
+    """Why ``FusedMBConv`` ``block`` is not one op, or None."""
+    if type(block.block) is not nn.Sequential or len(block.block) not in (1, 2):
+        return "block is not a Sequential of 1 or 2 stages"
+    stages: list[Any] = list(block.block)
+    expand, *project = stages
+    reason = (
+        named_refusal("block", block.block)
+        or _stage_refusal("block.0", expand)
+        or dense_conv_refusal("block.0.0", expand[0])
+    )
+    for stage in project:
+        reason = (
+            reason
+            or _stage_refusal("block.1", stage)
+            or pointwise_conv_refusal("block.1.0", stage[0])
+            or (None if stage[0].bias is None else "block.1.0 has a bias")
+        )
+    return (
+        reason
+        or _drop_refusal(block.stochastic_depth)
+        or statistics_refusal([stage[1] for stage in stages])
+    )
+
+
+def _whole_fused(block: FusedMBConv) -> FusedBlock | None:
+    """``block`` as one op, or None where it is not."""
+    if fused_refusal(block) is not None:
+        return None
+    expand, *project = map(_stage, block.block)
+    padding = conv_padding(expand.conv)
+    return FusedBlock(expand, None, project[0] if project else None, padding, block.use_res_connect)
+
+
+def _drop_refusal(drop: Any) -> str | None:
+    """Why ``drop`` is no drop path."""
     if type(drop) is not StochasticDepth or drop.mode != "row":
         return "stochastic_depth does not drop whole images"
-    norms = [stage[1] for stage in (expand, depthwise, project) if stage is not None]
-    return statistics_refusal(norms) or named_refusal("stochastic_depth", drop)
+    return named_refusal("stochastic_depth", drop)
 
 
 def _sample_scale(drop: Any, x: Tensor) -> Tensor | None:
@@ -200,5 +248,6 @@ def _squeeze_excite_refusal(name: str, se: Any) -> str | None:
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(MBConv, FusedTorchvisionMBConv, refusal),
+    Adapter(FusedMBConv, FusedTorchvisionFusedMBConv, fused_refusal),
     Adapter(Conv2dNormActivation, FusedConv2dNormActivation, conv_norm_refusal),
 )

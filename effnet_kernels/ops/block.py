@@ -205,10 +205,7 @@ def _properties(
         *map(type, stages),
         *(stage[-2:] for stage in given),
         *[
-            None if t is None
-            else (t.shape, t.dtype, t.device, t.is_contiguous())
-            if t.ndim < 4 or t.shape[2] == 1
-            else (t.shape, t.dtype, t.device, t.stride())
+            None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous())
             for t in tensors
         ],
     ]  # fmt: skip
@@ -306,8 +303,9 @@ def _kernel_conv_bn(conv: ConvBn, input: Tensor) -> ConvBn:
     mean, var, bn_weight, bn_bias = (checks.kernel_vector(vector, input) for vector in conv[1:5])
     weight = conv.weight
     dense = weight.ndim == 4 and weight.shape[1] > 1 and weight.shape[2] > 1
-    layout = torch.channels_last if dense else torch.contiguous_format
-    return ConvBn(weight.contiguous(memory_format=layout), mean, var, bn_weight, bn_bias, *conv[5:])
+    if not dense:  # the layout of a dense one is the op's own business
+        weight = weight.contiguous()
+    return ConvBn(weight, mean, var, bn_weight, bn_bias, *conv[5:])
 
 
 def flat_conv_bn(conv: ConvBn | None) -> tuple[Any, ...]:

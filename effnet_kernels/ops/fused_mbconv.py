@@ -304,6 +304,7 @@ def _inference(
     output = _empty_output(input, expand_weight, project_weight, stride, padding)
     if output.numel() == 0:
         return output
+    expand_weight = expand_weight.contiguous(memory_format=torch.channels_last)
     added = input if residual else None
     expand = (
         input, expand_weight, expand_mean, expand_var, expand_bn_weight, expand_bn_bias,

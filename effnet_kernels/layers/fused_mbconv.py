@@ -1,0 +1,170 @@
+"""Fused-MBConv as a module, and from the modules that hold its parameters elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from effnet_kernels.activations import activation_code
+from effnet_kernels.layers.block import Excite, Stage, drawn_sample_scale, update
+from effnet_kernels.layers.running_statistics import normalises_by_batch
+from effnet_kernels.ops import fused_mbconv, fused_mbconv_train
+
+
+class FusedBlock(NamedTuple):
+    """The modules of a block.
+
+    Attributes:
+        expand: the dense k x k stage; its convolution's stride is read, its padding is not.
+        excite: squeeze-and-excitation, or None.
+        project: the 1x1 projection, or None where the block does not expand.
+        padding: of the k x k convolution, as the ops take it.
+        residual: whether the input is added.
+    """
+
+    expand: Stage
+    excite: Excite | None
+    project: Stage | None
+    padding: int | str | Sequence[int]
+    residual: bool
+
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The BNs, in the order that they run in."""
+        project = () if self.project is None else (self.project.norm,)
+        return (self.expand.norm, *project)
+
+
+def run_fused_mbconv(
+    input: Tensor, block: FusedBlock, sample_scale: Callable[[], Tensor | None]
+) -> Tensor:
+    """Runs ``block``, with which ``statistics_refusal`` has no difficulty, on one op, with all that
+    its BNs do to their buffers.
+
+    Args:
+        input: (N, C, H, W).
+        block: the modules.
+        sample_scale: draws what drop path multiplies images by, (N,), or gives None.
+    """
+    squeeze_excite = None if block.excite is None else block.excite.arguments()
+    norms = block.norms()
+    training = normalises_by_batch(norms[0])
+    scale = sample_scale() if block.residual else None
+    expand = block.expand.arguments(training)
+    project = None if block.project is None else block.project.arguments(training)
+    stride = block.expand.conv.stride[0]
+    if not training and scale is None and not torch.is_grad_enabled():
+        return fused_mbconv(
+            input, expand, squeeze_excite, project, stride, block.padding, residual=block.residual
+        )
+    output, *statistics = fused_mbconv_train(
+        input, expand, squeeze_excite, project, stride, block.padding,
+        training=training, residual=block.residual, sample_scale=scale,
+    )  # fmt: skip
+    if training:
+        update(norms, statistics)
+    return output
+
+
+class FusedMBConv(nn.Module):
+    """The Fused-MBConv block of EfficientNetV2: a dense k x k convolution that expands, BN,
+    activation, squeeze-and-excitation if wanted, a 1x1 projection, BN, and the input where the
+    shapes allow it.
+
+    The children are stock modules, so that parameters initialise, serialise and convert as
+    everywhere else; they only hold the parameters and are not called, so hooks on them do not run.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        expand_ratio: M = C * expand_ratio channels in between. With 1 there is no projection: the
+            convolution itself has K channels.
+        kernel_size: 3, 5 or 7.
+        stride: 1 or 2.
+        padding: as ``effnet_kernels.ops.fused_mbconv`` takes it: an int, (height, width),
+            (left, right, top, bottom) or "same"; None for ``kernel_size // 2``.
+        squeezed: channels of squeeze-and-excitation's hidden values; 0 for none.
+        drop_path: the probability that a training image skips the block, where there is a residual.
+        eps: BN's.
+        momentum: BN's; None for a cumulative average.
+        activation: an activation's name.
+        gate: of squeeze-and-excitation: sigmoid or hardsigmoid.
+
+    Shapes:
+        x: (N, C, H, W); channels-last is taken as it is, other layouts are converted once.
+        output: (N, K, OH, OW), channels-last, x's dtype.
+
+    Raises:
+        ValueError: ``activation`` or ``gate`` is not known, ``drop_path`` is no probability, or
+            ``squeezed`` is given without an expansion; the op checks the other settings when it
+            runs.
+
+    Source: "EfficientNetV2: Smaller Models and Faster Training" (arXiv:2104.00298).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expand_ratio: int = 4,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | str | Sequence[int] | None = None,
+        squeezed: int = 0,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        activation: str = "silu",
+        gate: str = "sigmoid",
+    ) -> None:
+        super().__init__()
+        activation_code("activation", activation)
+        activation_code("gate", gate)
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path: got {drop_path}, expected a probability below 1")
+        if squeezed and expand_ratio == 1:
+            raise ValueError(f"squeezed: got {squeezed}, expected 0 where expand_ratio is 1")
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.activation, self.gate, self.drop_path = activation, gate, drop_path
+        self.residual = stride == 1 and in_channels == out_channels
+
+        def norm(channels: int) -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
+
+        channels = out_channels if expand_ratio == 1 else in_channels * expand_ratio
+        # The op pads; the module's own padding would not be read.
+        self.expand_conv = nn.Conv2d(in_channels, channels, kernel_size, stride, bias=False)
+        self.expand_bn = norm(channels)
+        self.reduce = self.excite = self.project_conv = self.project_bn = None
+        if squeezed:
+            self.reduce = nn.Conv2d(channels, squeezed, 1)
+            self.excite = nn.Conv2d(squeezed, channels, 1)
+        if expand_ratio != 1:
+            self.project_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
+            self.project_bn = norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        excite = project = None
+        if self.reduce is not None and self.excite is not None:
+            excite = Excite(self.reduce, self.excite, self.activation, self.gate)
+        if self.project_conv is not None and self.project_bn is not None:
+            project = Stage(self.project_conv, self.project_bn, "identity")
+        expand = Stage(self.expand_conv, self.expand_bn, self.activation)
+        block = FusedBlock(expand, excite, project, self.padding, self.residual)
+        return run_fused_mbconv(x, block, lambda: self._sample_scale(x))
+
+    def _sample_scale(self, x: Tensor) -> Tensor | None:
+        """What drop path multiplies each image by, or None."""
+        if not self.training or self.drop_path == 0.0:
+            return None
+        return drawn_sample_scale(x, 1.0 - self.drop_path, rescaled=True)
+
+    def extra_repr(self) -> str:
+        """The settings that no child shows."""
+        return (
+            f"padding={self.padding!r}, activation={self.activation!r}, gate={self.gate!r}, "
+            f"drop_path={self.drop_path}"
+        )
