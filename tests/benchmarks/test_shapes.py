@@ -12,7 +12,9 @@ import timm
 import torch
 from timm.layers import BatchNormAct2d
 from timm.models._efficientnet_blocks import (
+    ConvBnAct,
     DepthwiseSeparableConv,
+    EdgeResidual,
     InvertedResidual,
     SqueezeExcite,
 )
@@ -23,13 +25,16 @@ from effnet_kernels.bench import shapes
 Call = tuple[str, nn.Module, int, Any]
 
 
-@pytest.fixture(scope="module", params=shapes.MODELS)
+@pytest.fixture(scope="module", params=[*shapes.MODELS, "efficientnetv2_s@384"])
 def calls(request: pytest.FixtureRequest) -> tuple[str, list[Call]]:
-    """A model's name, and of each call (name, module, size of the input, the block around it)."""
+    """A model as it is asked for, and of each call (name, module, size of the input, the block
+    around it).
+    """
     found: list[Call] = []
-    size = shapes.MODELS[request.param].resolution
+    timms_name, _, size = request.param.partition("@")
+    pixels = int(size or shapes.MODELS[timms_name].resolution)
     with torch.device("meta"):
-        model = timm.create_model(request.param)
+        model = timm.create_model(timms_name)
         block = None
         for name, module in model.named_modules():
             if name.count(".") == 2 and name.startswith("blocks"):
@@ -44,7 +49,7 @@ def calls(request: pytest.FixtureRequest) -> tuple[str, list[Call]]:
                     found.append((name, module, arguments[0].shape[2], inside))
 
             module.register_forward_hook(hook)
-        model(torch.empty(1, 3, size, size))
+        model(torch.empty(1, 3, pixels, pixels))
     return request.param, found
 
 
@@ -91,6 +96,26 @@ def test_mbconv(calls: tuple[str, list[Call]]) -> None:
                 )  # fmt: skip
 
     assert tuples(shapes.mbconv_shapes(name)) == counted(name, seen())
+
+
+def test_fused_mbconv(calls: tuple[str, list[Call]]) -> None:
+    """Every block without one, those that are a single convolution too."""
+    name, found = calls
+
+    def seen() -> Iterator[tuple[Any, ...]]:
+        for _, block, size, _ in found:
+            if type(block) in (ConvBnAct, EdgeResidual):
+                first = block.conv if type(block) is ConvBnAct else block.conv_exp
+                last = block.conv if type(block) is ConvBnAct else block.conv_pwl
+                assert first.padding == (first.kernel_size[0] // 2,) * 2
+                assert type(block) is ConvBnAct or type(block.se) is nn.Identity
+                assert last is first or last.kernel_size == (1, 1)
+                yield (
+                    first.in_channels, first.out_channels, last.out_channels, size,
+                    first.kernel_size[0], first.stride[0], block.has_skip,
+                )  # fmt: skip
+
+    assert tuples(shapes.fused_mbconv_shapes(name)) == counted(name, seen())
 
 
 def test_pointwise(calls: tuple[str, list[Call]]) -> None:
@@ -154,10 +179,28 @@ def test_b0_has_sixteen() -> None:
     assert str(blocks[1]) == "16-96-24 112x112 k3s2"
 
 
+def test_v2_s_has_ten() -> None:
+    """The Fused-MBConv blocks of EfficientNetV2-S by hand: 2, 4 and 4, five of them distinct."""
+    blocks = shapes.fused_mbconv_shapes("efficientnetv2_s")
+    assert [(str(block), block.residual, block.count) for block in blocks] == [
+        ("24-24 150x150 k3s1", True, 2),
+        ("24-96-48 150x150 k3s2", False, 1),
+        ("48-192-48 75x75 k3s1", True, 3),
+        ("48-192-64 75x75 k3s2", False, 1),
+        ("64-256-64 38x38 k3s1", True, 3),
+    ]
+    assert [block.expands for block in blocks] == [False, True, True, True, True]
+    larger = shapes.fused_mbconv_shapes("efficientnetv2_s@384")
+    assert [block.size for block in larger] == [192, 192, 96, 96, 48]
+    assert {block.model for block in larger} == {"efficientnetv2_s@384"}
+    assert not shapes.fused_mbconv_shapes("efficientnet_b0")
+
+
 @pytest.mark.parametrize("name", shapes.MODELS)
 def test_cases_are_distinct(name: str) -> None:
     """The words for a shape, and what the mode says of it, name no other of the model."""
     for table in (
+        shapes.fused_mbconv_shapes(name),
         shapes.mbconv_shapes(name),
         shapes.depthwise_shapes(name),
         shapes.squeeze_excite_shapes(name),
@@ -172,3 +215,5 @@ def test_unknown_model() -> None:
     """The error lists the models."""
     with pytest.raises(ValueError, match="got 'resnet50', expected one of efficientnet_b0"):
         shapes.depthwise_shapes("resnet50")
+    with pytest.raises(ValueError, match="got size 'big' of efficientnet_b0"):
+        shapes.depthwise_shapes("efficientnet_b0@big")
