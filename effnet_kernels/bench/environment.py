@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,23 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a square matrix product of random numbers: a large one, unless that takes
-    long, as bfloat16 does on a CPU without instructions for it.
+    long, as bfloat16 does on a CPU without instructions for it. TF32 where convolutions use it.
     """
+    with _tf32_of_convolutions():
+        return _matmul_rate(device, dtype)
+
+
+@contextlib.contextmanager
+def _tf32_of_convolutions() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     largest = 8192 if device.type == "cuda" else 2048
     size = 512
     while True:
@@ -189,10 +205,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """The copy bandwidth, and the matrix rate in each of ``dtypes``."""
+    """The copy bandwidth, and the matrix rate in each of ``dtypes`` and in float32."""
     return {
         "copy_bytes_per_second": copy_bandwidth(device),
         "matmul_flops_per_second": {
-            str(dtype).removeprefix("torch."): matmul_rate(device, dtype) for dtype in dtypes
+            str(dtype).removeprefix("torch."): matmul_rate(device, dtype)
+            for dtype in dict.fromkeys((*dtypes, torch.float32))
         },
     }

@@ -79,9 +79,8 @@ def _escape(text: str) -> str:
 def print_rows(results: Results, console: Any) -> None:
     """One table a model, batch, dtype and mode: every contender on every problem.
 
-    The spread is the distance of the quartiles over the median; "of copy" the op's least bytes over
-    the time, as a share of the copy bandwidth; "of rule" the error as a share of what the rule
-    allows.
+    The spread is the distance of the quartiles over the median; "of limit" the op's least time by
+    the roofline as a share of the time; "of rule" the error as a share of what the rule allows.
     """
     table_of = extra("rich.table").Table
     keys = list(dict.fromkeys((r.model, r.batch, r.dtype, r.mode) for r in results.rows))
@@ -99,9 +98,9 @@ def print_rows(results: Results, console: Any) -> None:
             table.add_column(kind, justify="right", no_wrap=True)
             table.add_column("spread", justify="right", no_wrap=True)
             table.add_column("speed-up", justify="right", no_wrap=True)
-        copy = rows[0].bytes is not None
-        if copy:
-            table.add_column("of copy", justify="right")
+        limited = rows[0].bytes is not None
+        if limited:
+            table.add_column("of limit", justify="right")
         table.add_column("peak MB", justify="right")
         table.add_column("error", justify="right")
         table.add_column("of rule", justify="right")
@@ -120,11 +119,12 @@ def print_rows(results: Results, console: Any) -> None:
                     f"{(high - low) / timing.median:.0%}",
                     speedup(row, kind),
                 ]
-            if copy:
+            if limited:
                 last = row.timings.get(kinds[-1]) if kinds else None
+                least = results.least_seconds(row)
                 share = "-"
-                if last is not None and row.bytes is not None:
-                    share = f"{row.bytes / last.median / results.copy_bandwidth:.0%}"
+                if last is not None and least is not None:
+                    share = f"{least / last.median:.0%}"
                 cells.append(share)
             cells.append("-" if row.peak_memory is None else f"{row.peak_memory / 1e6:.1f}")
             cells += [_error(row), "-" if row.failed else f"{row.excess:.2f}"]

@@ -60,8 +60,13 @@ class Row:
         """Whether the contender ran, and its error exceeds the rule."""
         return self.failed is None and not self.excess <= 1
 
-    def to_json(self, copy_bandwidth: float) -> dict[str, Any]:
-        """The row as JSON's types; numbers that JSON has no word for are null."""
+    def to_json(self, copy_bandwidth: float, least_seconds: float | None) -> dict[str, Any]:
+        """The row as JSON's types; numbers that JSON has no word for are null.
+
+        Args:
+            copy_bandwidth: see ``Results``.
+            least_seconds: see ``Results``.
+        """
         return {
             "model": self.model,
             "case": self.case,
@@ -85,6 +90,9 @@ class Row:
                     "copy_bandwidth_share": None
                     if self.bytes is None
                     else _number(self.bytes / timing.median / copy_bandwidth),
+                    "roofline_share": None
+                    if least_seconds is None
+                    else _number(least_seconds / timing.median),
                     "method": timing.method,
                     "samples": [_number(s) for s in timing.samples],
                 }
@@ -184,6 +192,20 @@ class Results:
         """Bytes a second."""
         return float(self.ceilings["copy_bytes_per_second"])
 
+    def least_seconds(self, row: Row) -> float | None:
+        """The roofline: the longer of a row's bytes at the copy bandwidth and its FLOPs at the rate
+        of matrix products; None where it has no bytes.
+
+        The rate is float32's where that of the row's dtype is lower, as on CPUs without
+        instructions for it: the operands can be converted.
+        """
+        if row.bytes is None:
+            return None
+        rates = self.ceilings["matmul_flops_per_second"]
+        found = [rates[dtype] for dtype in (row.dtype, "float32") if dtype in rates]
+        arithmetic = (row.flops or 0) / max(found) if found else 0.0
+        return max(row.bytes / self.copy_bandwidth, arithmetic)
+
     def write(self, path: Path) -> None:
         """Writes the JSON, one row a line, making the directory."""
         head = {
@@ -200,7 +222,10 @@ class Results:
                 for group in groups(self.rows)
             ],
         }
-        lines = [json.dumps(row.to_json(self.copy_bandwidth)) for row in self.rows]
+        lines = [
+            json.dumps(row.to_json(self.copy_bandwidth, self.least_seconds(row)))
+            for row in self.rows
+        ]
         text = json.dumps(head, indent=1).removesuffix("\n}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'{text},\n "rows": [\n' + ",\n".join(lines) + "\n]}\n")

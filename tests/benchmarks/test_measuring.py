@@ -108,7 +108,9 @@ def test_results_survive_the_file(measured: Results, tmp_path: Path) -> None:
     assert by_name["nan"]["excess"] is None
     samples = by_name["right"]["timings"]["warm"]["samples"]
     assert len(samples) >= 7
-    assert by_name["right"]["timings"]["warm"]["copy_bandwidth_share"] > 0
+    warm = by_name["right"]["timings"]["warm"]
+    # 8000 bytes and 1000 FLOPs at the same rate
+    assert warm["roofline_share"] == warm["copy_bandwidth_share"] > 0
     back = results.read(path)
     assert [row.contender for row in back.rows] == [row.contender for row in measured.rows]
     assert [row.wrong for row in back.rows] == [row.wrong for row in measured.rows]
@@ -117,6 +119,24 @@ def test_results_survive_the_file(measured: Results, tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match="not the results of a benchmark"):
         results.read(path)
+
+
+def test_least_seconds() -> None:
+    """The longer of bytes and arithmetic, in float32 where the row's dtype is the slower."""
+    rates = {"bfloat16": 2.0, "float16": 16.0, "float32": 4.0}
+    ceilings = {"copy_bytes_per_second": 10.0, "matmul_flops_per_second": rates}
+    limits = Results("suite", {}, ceilings, {})
+
+    def least(dtype: str, count: int | None, flops: int | None) -> float | None:
+        row = Row("model", "case", 1, dtype, "inference", "", bytes=count, flops=flops)
+        return limits.least_seconds(row)
+
+    assert least("float32", 100, 20) == 10
+    assert least("float32", 100, 80) == 20
+    assert least("float16", 100, 320) == 20
+    assert least("bfloat16", 100, 80) == 20
+    assert least("float32", 100, None) == 10
+    assert least("float32", None, None) is None
 
 
 def test_contenders_take_turns() -> None:
