@@ -56,7 +56,7 @@ class Block(kernels.Block):
     def __init__(self, problem: Problem, device: torch.device) -> None:
         super().__init__()
         s = problem.shape
-        conv = ConvBn(s.channels, s.channels, problem, device, s.kernel, s.stride)
+        conv = ConvBn(s.channels, s.channels, problem, device, s.kernel, s.stride, s.channels)
         self.weight, self.bn = conv.weight, conv.bn
         self.before = BatchNorm(s.channels, device, learns=False)
         self.shape, self.mode, self.by_batch = s, problem.mode, problem.training

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effnet_kernels import ops
 from effnet_kernels.bench import environment, peers, shapes, timing
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
@@ -31,7 +32,7 @@ class Shape(Protocol):
 
     @property
     def model(self) -> str:
-        """A key of ``shapes.MODELS``."""
+        """Whose it is, as ``shapes.model_of`` takes it."""
 
     @property
     def count(self) -> int:
@@ -123,18 +124,15 @@ class BatchNorm(nn.Module):
 
 
 class ConvBn(nn.Module):
-    """A convolution without bias, and BN: 1x1, or depthwise where ``kernel`` is given."""
+    """A convolution without bias, and BN."""
 
     def __init__(
         self, channels: int, features: int, problem: Problem[Any], device: torch.device,
-        kernel: int | None = None, stride: int = 1,
+        kernel: int = 1, stride: int = 1, groups: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.groups = 1 if kernel is None else channels
-        self.kernel, self.stride = kernel or 1, stride
-        self.weight = _weight(
-            (features, channels // self.groups, self.kernel, self.kernel), problem, device
-        )
+        self.kernel, self.stride, self.groups = kernel, stride, groups
+        self.weight = _weight((features, channels // groups, kernel, kernel), problem, device)
         self.bn = BatchNorm(features, device, learns=problem.training)
 
     def forward(self, x: Tensor, by_batch: bool = False) -> Tensor:
@@ -142,6 +140,18 @@ class ConvBn(nn.Module):
         x = F.conv2d(x, self.weight, None, self.stride, self.kernel // 2, 1, self.groups)
         y: Tensor = self.bn(x, by_batch)
         return y
+
+    def stage(self, activation: str) -> ops.ConvBn:
+        """As our ops of whole blocks take it."""
+        bn = self.bn
+        return ops.ConvBn(self.weight, bn.mean, bn.var, bn.weight, bn.bias, EPS, activation)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that is this one with its BN, in inference."""
+        scale = self.bn.weight * (self.bn.var + EPS).rsqrt()
+        weight = self.weight * scale[:, None, None, None]
+        bias = self.bn.bias - self.bn.mean * scale
+        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
 
 class SqueezeExcite(nn.Module):
@@ -169,10 +179,11 @@ class SqueezeExcite(nn.Module):
 
 
 def _weight(shape: tuple[int, ...], problem: Problem[Any], device: torch.device) -> nn.Parameter:
-    """Filters that keep the scale of what they are applied to."""
+    """Filters that keep the scale of what they are applied to; channels-last, as a model's are."""
     fan_in = shape[1] * shape[2] * shape[3]
     values = torch.randn(shape, device=device) / fan_in**0.5
-    return nn.Parameter(values.to(problem.dtype), requires_grad=problem.training)
+    values = values.to(problem.dtype, memory_format=torch.channels_last)
+    return nn.Parameter(values, requires_grad=problem.training)
 
 
 class Block(nn.Module):
@@ -261,6 +272,7 @@ def match(
     stock: Callable[[ProblemT, torch.device], Block],
     fused: Callable[[ProblemT, torch.device], Block],
     *,
+    others: Mapping[str, Callable[[ProblemT, torch.device], Block]] | None = None,
     only: Sequence[str] | None = None,
     cold: bool = False,
 ) -> Match:
@@ -271,8 +283,9 @@ def match(
         device: where.
         stock: the op in PyTorch's own words.
         fused: the op in one call, with the same parameters and buffers.
-        only: contenders, of ``PEERS`` and the names of backends; all that can run unless given.
-            The baseline is always among them.
+        others: peers for inference by name, likewise.
+        only: contenders, of ``PEERS``, ``others`` and the names of backends; all that can run
+            unless given. The baseline is always among them.
         cold: prepare enough sets of inputs for cold caches.
     """
     torch.manual_seed(0)
@@ -299,12 +312,19 @@ def match(
     contenders = [Contender(BASELINE, caller(theirs, None), channels_last)]
     if wanted("eager-nchw"):
         nchw = [inputs.to(Tensor.contiguous) for inputs in channels_last]
-        contenders.append(Contender("eager-nchw", caller(theirs, None), nchw))
+        block = copy.deepcopy(theirs).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        contenders.append(Contender("eager-nchw", caller(block, None), nchw))
     for name, mode in peers.COMPILED.items():
         if wanted(name) and (device.type == "cuda" or mode == "default"):
             freezing = device.type == "cpu" and not problem.training
             forward = peers.compiled(theirs, mode, freezing=freezing)
             contenders.append(Contender(name, caller(theirs, None, forward), channels_last))
+    for name, other in (others or {}).items():
+        if wanted(name) and not problem.training:
+            block = other(problem, device)
+            block.load_state_dict(theirs.state_dict())
+            block.prepare()
+            contenders.append(Contender(name, caller(block, None), channels_last))
     for name in peers.our_backends(device, problem.dtype):
         if wanted(name):
             contenders.append(Contender(name, caller(ours, name), channels_last))
@@ -331,17 +351,30 @@ def match(
 # --------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, what: str, modes: Sequence[str]) -> None:
-    """The options of a suite that measures ``what`` of the models in ``modes``."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    what: str,
+    modes: Sequence[str],
+    models: Sequence[str] = ("efficientnet_b0",),
+) -> None:
+    """The options of a suite that measures ``what`` in ``modes``, of ``models`` unless told."""
     parser.add_argument(
-        "--models", nargs="+", choices=shapes.MODELS, default=["efficientnet_b0"],
-        metavar="MODEL", help=f"whose {what}, of {', '.join(shapes.MODELS)} "
-        "(default: efficientnet_b0)",
+        "--models", nargs="+", type=_model, default=list(models), metavar="NAME[@SIZE]",
+        help=f"whose {what}, of {', '.join(shapes.MODELS)}, at the model's own size or another "
+        f"(default: {' '.join(models)})",
     )  # fmt: skip
     parser.add_argument(
         "--modes", nargs="+", choices=modes, default=list(modes), metavar="MODE",
         help=f"of {', '.join(modes)} (default: all)",
     )  # fmt: skip
+
+
+def _model(name: str) -> str:
+    try:
+        shapes.model_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("name: ")) from None
+    return name
 
 
 def problems(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from effnet_kernels import ops
 from effnet_kernels.bench import kernels, shapes
-from effnet_kernels.bench.kernels import EPS
 from effnet_kernels.bench.shapes import Mbconv
 
 NAME = "kernels-mbconv"
@@ -74,7 +73,9 @@ class Block(kernels.Block):
         self.expand = (
             kernels.ConvBn(s.in_channels, s.channels, problem, device) if s.expands else None
         )
-        self.depthwise = kernels.ConvBn(s.channels, s.channels, problem, device, s.kernel, s.stride)
+        self.depthwise = kernels.ConvBn(
+            s.channels, s.channels, problem, device, s.kernel, s.stride, s.channels
+        )
         self.excite = kernels.SqueezeExcite(s.channels, s.squeezed, problem, device)
         self.project = kernels.ConvBn(s.channels, s.out_channels, problem, device)
         self.shape, self.by_batch = s, problem.training
@@ -98,23 +99,18 @@ class OurBlock(Block):
         excite = self.excite
         arguments = (
             image,
-            None if self.expand is None else _conv_bn(self.expand, "silu"),
-            _conv_bn(self.depthwise, "silu"),
+            None if self.expand is None else self.expand.stage("silu"),
+            self.depthwise.stage("silu"),
             ops.SqueezeExcite(
                 excite.reduce_weight, excite.reduce_bias, excite.expand_weight, excite.expand_bias
             ),
-            _conv_bn(self.project, "identity"),
+            self.project.stage("identity"),
             self.shape.stride,
             self.shape.kernel // 2,
         )
         if self.by_batch:
             return (ops.mbconv_train(*arguments, residual=self.shape.residual).output,)
         return (ops.mbconv(*arguments, residual=self.shape.residual),)
-
-
-def _conv_bn(conv: kernels.ConvBn, activation: str) -> ops.ConvBn:
-    bn = conv.bn
-    return ops.ConvBn(conv.weight, bn.mean, bn.var, bn.weight, bn.bias, EPS, activation)
 
 
 match = functools.partial(kernels.match, stock=Block, fused=OurBlock)

@@ -300,7 +300,12 @@ class _Block:
         return self.stride == 1 and self.in_channels == self.out_channels
 
 
-def _model(name: str) -> Model:
+def model_of(name: str) -> Model:
+    """The variant that ``name`` asks for, at the resolution that it has after ``@``, if any.
+
+    Raises:
+        ValueError: there is no such model, or the size is no number of pixels.
+    """
     known, at, size = name.partition("@")
     if known not in MODELS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(MODELS)}")
@@ -319,7 +324,7 @@ def _round_channels(channels: float) -> int:
 
 def _blocks(name: str) -> Iterator[_Block]:
     """The blocks of a model, in order."""
-    model = _model(name)
+    model = model_of(name)
     size = -(-model.resolution // 2)  # after the stem
     channels = _round_channels(model.stem * model.width)
     for stage in model.stages:
@@ -395,7 +400,7 @@ def pointwise_shapes(name: str) -> list[Pointwise]:
     """The distinct 1x1 convolutions of a model; arguments as of ``mbconv_shapes``."""
 
     def all_of_them() -> Iterator[Pointwise]:
-        model = _model(name)
+        model = model_of(name)
         for b in _blocks(name):
             expands, has_depthwise = b.expands, b.kind == "mbconv"
             if expands and has_depthwise:
@@ -415,7 +420,7 @@ def norm_shapes(name: str) -> list[Norm]:
     """The distinct BNs of a model; arguments as of ``mbconv_shapes``."""
 
     def all_of_them() -> Iterator[Norm]:
-        model = _model(name)
+        model = model_of(name)
         stem = _round_channels(model.stem * model.width)
         yield Norm(name, stem, -(-model.resolution // 2), "silu", False)
         for b in _blocks(name):
