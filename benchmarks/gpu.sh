@@ -16,7 +16,7 @@ set -uo pipefail
 
 readonly PARTS=(build tests sanitize tune kernels models ncu)
 # Seconds; together with the start less than 10 minutes.
-declare -A LIMITS=([build]=110 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=130 [models]=85
+declare -A LIMITS=([build]=110 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=140 [models]=85
   [ncu]=40)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -90,16 +90,22 @@ part_kernels() {
   local status=0 op args
   if [[ -n ${KERNELS_ARGS:-} ]]; then
     read -ra args <<<"$KERNELS_ARGS"
-    for op in mbconv depthwise_conv_bn_act pointwise_conv_bn_act squeeze_excite batch_norm_act; do
+    for op in mbconv fused_mbconv depthwise_conv_bn_act pointwise_conv_bn_act squeeze_excite \
+      batch_norm_act; do
       measure 100 "$op" "${args[@]}" || status=$?
     done
     return "$status"
   fi
   args=(--models efficientnet_b0 --dtypes bfloat16 --batch 256 --caches warm --seconds 0.1 --quiet)
   # Beside whole blocks in inference also torch.compile, which takes seconds for each.
-  measure 35 mbconv "${args[@]}" --modes inference --only compile cuda triton auto || status=$?
-  measure 35 mbconv "${args[@]}" --modes training --only cuda triton \
+  measure 30 mbconv "${args[@]}" --modes inference --only compile cuda triton auto || status=$?
+  measure 30 mbconv "${args[@]}" --modes training --only cuda triton \
     --name kernels-mbconv-training || status=$?
+  # B0 has no Fused-MBConv.
+  measure 35 fused_mbconv "${args[@]}" --models efficientnetv2_s --batch 128 --modes inference \
+    --only compile folded folded+compile cuda triton auto || status=$?
+  measure 30 fused_mbconv "${args[@]}" --models efficientnetv2_s --batch 128 --modes training \
+    --only cuda triton --name kernels-fused_mbconv-training || status=$?
   measure 40 depthwise_conv_bn_act "${args[@]}" --modes inference training \
     --only compile cuda triton || status=$?
   measure 35 pointwise_conv_bn_act "${args[@]}" --only cuda triton || status=$?

@@ -19,6 +19,7 @@ OURS = ("auto", "cuda", "triton", "cpu")
 _MARKS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 _WHAT = {
     "kernels-mbconv": "{model}'s MBConv blocks",
+    "kernels-fused_mbconv": "{model}'s Fused-MBConv blocks",
     "kernels-depthwise_conv_bn_act": "{model}'s depthwise conv + BN + Swish",
     "kernels-pointwise_conv_bn_act": "{model}'s 1x1 conv + BN",
     "kernels-squeeze_excite": "{model}'s squeeze-and-excitation",

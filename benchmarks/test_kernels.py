@@ -1,6 +1,6 @@
 """The kernels under pytest-benchmark: pytest benchmarks --benchmark-only -k "mbconv and training".
 
-Each op's suite at EfficientNet-B0's shapes.
+Each op's suite at its default shapes: EfficientNet-B0's, or V2-S's where B0 has none.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ def problems() -> list[Any]:
     for suite in command.SUITES.values():
         if suite is models:
             continue
-        options = argparse.Namespace(
-            models=["efficientnet_b0"], dtypes=DTYPES, modes=suite.MODES, batch=[BATCH]
-        )
+        parser = argparse.ArgumentParser()
+        suite.add_arguments(parser)
+        options = parser.parse_args([])
+        options.dtypes, options.batch = DTYPES, [BATCH]
         op = suite.NAME.removeprefix("kernels-")
         found += [
-            pytest.param(suite, problem, id=f"{op} b0 {problem}".replace(" ", "-"))
+            pytest.param(
+                suite, problem, id=f"{op} {problem.shape.model} {problem}".replace(" ", "-")
+            )
             for problem in suite.problems(options)
         ]
     return found

@@ -35,11 +35,13 @@ examples:
   effnet-kernels bench kernels --batch 8 --dtypes float32
   effnet-kernels bench kernels --models efficientnetv2_s --modes training --only compile cpu
   effnet-kernels bench mbconv --batch 1 8 --modes inference
+  effnet-kernels bench fused_mbconv --models efficientnetv2_s@384 --only compile folded cpu
   effnet-kernels bench models --models efficientnet_b0@224 --modes inference --batch 1 8 --out runs
 """
 
 SUITES = (
-    "kernels", "mbconv", "pointwise_conv_bn_act", "squeeze_excite", "batch_norm_act", "models",
+    "kernels", "mbconv", "fused_mbconv", "pointwise_conv_bn_act", "squeeze_excite",
+    "batch_norm_act", "models",
 )  # fmt: skip
 """What ``bench`` takes: the names of ``bench.command.SUITES``."""
 

@@ -117,6 +117,7 @@ def test_bench_without_its_extra(library: str) -> None:
     [
         (["kernels", "--only", "nobody"], "--only: got 'nobody', expected some of eager"),
         (["models", "--models", "resnot@64"], "timm has no 'resnot'"),
+        (["fused_mbconv", "--models", "efficientnet_b0"], "nothing that this suite measures"),
     ],
 )
 def test_bench_wrong_options(arguments: list[str], words: str) -> None:

@@ -12,6 +12,7 @@ from effnet_kernels.bench import (
     batch_norm_act,
     depthwise_conv_bn_act,
     environment,
+    fused_mbconv,
     mbconv,
     models,
     peers,
@@ -24,6 +25,7 @@ from effnet_kernels.bench.results import Results
 SUITES: dict[str, Any] = {
     "kernels": depthwise_conv_bn_act,
     "mbconv": mbconv,
+    "fused_mbconv": fused_mbconv,
     "pointwise_conv_bn_act": pointwise_conv_bn_act,
     "squeeze_excite": squeeze_excite,
     "batch_norm_act": batch_norm_act,
@@ -116,6 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
     }
     arguments.dtypes = [DTYPES[name] for name in arguments.dtypes]
     problems = list(suite.problems(arguments))
+    if not problems:
+        raise ValueError(
+            f"--models: {', '.join(arguments.models)}: nothing that this suite measures"
+        )
     _check_only(arguments.only, suite, device)
     only = arguments.only or _affordable(suite, device)
     with console.status("measuring the copy bandwidth and the matrix rate"):

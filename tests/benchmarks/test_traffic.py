@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.bench import traffic
+from effnet_kernels.bench import fused_mbconv, shapes, traffic
 
 
 class Block(nn.Module):
@@ -27,6 +27,19 @@ class Block(nn.Module):
         x = self.act(self.bn2(self.depthwise(x)))
         gate = self.widen(self.act(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
         return self.bn3(self.project(x * gate))
+
+
+class FusedBlock(nn.Module):
+    """A Fused-MBConv with a residual: 2 channels of 4x4 expanded to 6, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(2, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6)
+        self.project, self.bn2 = nn.Conv2d(6, 2, 1, bias=False), nn.BatchNorm2d(2)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.project(self.act(self.bn1(self.expand(x))))) + x
 
 
 class Residual(nn.Module):
@@ -74,6 +87,19 @@ def test_hand_count() -> None:
     assert levels["eager"].weight_bytes == weights + norms
 
 
+def test_fused_mbconv() -> None:
+    """Every level of a tiny Fused-MBConv; the shortcut is the input, so one read of it is free."""
+    x = y = 2 * 16 * 4
+    e = 6 * 16 * 4
+    levels = count(FusedBlock())
+    assert levels["eager"].bytes == (x + e) + 4 * e + (e + y) + 2 * y + 3 * y
+    assert levels["conv_fused"].bytes == (x + e) + (e + x + y)
+    assert levels["depthwise"].bytes == levels["eager"].bytes
+    assert levels["mbconv"].bytes == x + y
+    for level in levels.values():
+        assert level.flops == 2 * 16 * (2 * 6 * 9 + 6 * 2)
+
+
 def test_residual() -> None:
     """A fused convolution reads the shortcut and writes the sum."""
     x = 2 * 16 * 4
@@ -118,6 +144,26 @@ def test_fused_mbconv_keeps_the_expanded_tensor_on_chip() -> None:
         recording = traffic.record(model, torch.empty(1, 3, 64, 64))
     kernels = list(traffic.count(recording))[-1].kernels
     assert sum(kernel.ops.count("convolution") == 2 for kernel in kernels) == 8 + 30
+
+
+def test_fused_mbconv_suite() -> None:
+    """The suite counts a block as the model's traffic does, but that it reads a shortcut again."""
+    with torch.device("meta"):
+        model = timm.create_model("efficientnetv2_s").to(torch.bfloat16)
+        image = torch.empty(4, 3, 384, 384, dtype=torch.bfloat16)
+        recording = traffic.record(model, image)
+    blocks = list(traffic.count(recording))[-1].kernels[1:11]  # after the stem
+    found = shapes.fused_mbconv_shapes("efficientnetv2_s@384")
+    problems = [
+        fused_mbconv.Problem(shape, 4, torch.bfloat16, "inference")
+        for shape in found
+        for _ in range(shape.count)
+    ]
+    assert [block.flops for block in blocks] == [problem.flops for problem in problems]
+    assert [block.bytes for block in blocks] == [
+        problem.bytes - problem.shape.residual * problem.image_bytes(problem.input)
+        for problem in problems
+    ]
 
 
 def test_real_tensors_are_refused() -> None:
