@@ -21,7 +21,9 @@ CONTENDERS = ["eager", "compile", *peers.our_backends(DEVICE, DTYPE)]
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("mode", models.MODES)
 @pytest.mark.parametrize(
-    ("model", "size"), [("efficientnet_b0", 224), ("efficientnet_b4", 380)], ids=["b0", "b4"]
+    ("model", "size"),
+    [models.resolved(spelling) for spelling in models.MODELS],
+    ids=["b0", "b4", "v2_s_tf", "v2_s"],
 )
 def test_efficientnet(
     benchmark: Any, model: str, size: int, mode: str, batch: int, contender: str

@@ -1,8 +1,8 @@
 """The published measurement of whole models.
 
-On a CPU: EfficientNet-B0 at 224 and B4 at 380, batch 1 and 8, float32 and bfloat16. On a GPU: the
-same models, batch 1 and one that fills it, bfloat16. Options change that, and results go to
-benchmarks/results/<device>.
+On a CPU: EfficientNet-B0 at 224, B4 at 380, V2-S at 300 (padded as TensorFlow does it) and at 384,
+batch 1 and 8, float32 and bfloat16. On a GPU: the same models, batch 1 and one that fills it,
+bfloat16. Options change that, and results go to benchmarks/results/<device>.
 """
 
 from __future__ import annotations
