@@ -18,6 +18,7 @@ import torch
 from effnet_kernels import backends, use_backend
 from effnet_kernels.bench import (
     batch_norm_act,
+    fused_mbconv,
     kernels,
     mbconv,
     pointwise_conv_bn_act,
@@ -75,6 +76,12 @@ def small_problems() -> Iterator[tuple[Any, Any, str]]:
                 yield mbconv, block, mode
     for mode in mbconv.MODES:  # without an expansion
         yield mbconv, shapes.Mbconv(MODEL, 12, 12, 12, 2, 11, 3, 1, True), mode
+    widths = ((5, 13, 5), (8, 40, 16), (7, 7, 7))  # the last without an expansion
+    for (kernel, stride), width in itertools.product(((3, 1), (3, 2), (5, 1)), widths):
+        residual = stride == 1 and width[0] == width[2]
+        block = shapes.FusedMbconv(MODEL, *width, 17, kernel, stride, residual)
+        for mode in fused_mbconv.MODES:
+            yield fused_mbconv, block, mode
     for channels, features, size in ((13, 7, 9), (40, 136, 5)):
         for role in pointwise_conv_bn_act.MODES:
             options = (role == "project",) * 2
