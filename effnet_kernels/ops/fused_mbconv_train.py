@@ -231,8 +231,9 @@ _ARGUMENTS = f"{block_arguments('Tensor?')}, bool residual, Tensor? sample_scale
 
 def _allocate(
     input: Tensor, expand_weight: Tensor, reduce_weight: Tensor | None, project_weight: Tensor,
-    stride: int, padding: Sequence[int], training: bool,
+    stride: int, padding: Sequence[int], training: bool, conv: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """What forward returns; ``conv`` is PyTorch's own."""
     n = input.shape[0]
     channels, features = rows_of_weights(expand_weight, project_weight)
     out_hw = output_hw(input, expand_weight, stride, padding)
@@ -242,7 +243,7 @@ def _allocate(
     return (
         library.empty_image(input, features, *out_hw),
         input.new_empty(2 * (channels + features) if training else 0, dtype=dtype),
-        library.empty_image(input, channels, *out_hw),
+        library.empty_image(input, channels, *out_hw) if conv is None else conv,
         library.empty_image(input, features, *out_hw),
         input.new_empty((2, *gated), dtype=dtype),
         input.new_empty(squeezed, dtype=dtype),
@@ -262,13 +263,15 @@ def _forward(
     project_activation: int, residual: bool, sample_scale: Tensor | None, training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     input = input.contiguous(memory_format=torch.channels_last)
-    output, vectors, conv, projected, values, hidden = _allocate(
-        input, expand_weight, reduce_weight, project_weight, stride, padding, training
-    )
-    if output.numel() == 0:
-        return output, vectors.zero_(), conv, projected, values, hidden
     conv = conv2d(input, expand_weight, stride, padding)
     conv = conv.contiguous(memory_format=torch.channels_last)
+    results = _allocate(
+        input, expand_weight, reduce_weight, project_weight, stride, padding, training, conv
+    )
+    output, vectors, _, projected, values, hidden = results
+    if output.numel() == 0:
+        vectors.zero_()
+        return results
     means: Sequence[Any] = (expand_mean, project_mean)
     variances: Sequence[Any] = (expand_var, project_var)
     if training:
@@ -293,13 +296,15 @@ def _forward(
         input if residual else None,
         output,
     )  # fmt: skip
-    return output, vectors, conv, projected, values, hidden
+    return results
 
 
 def _allocate_backward(
     input: Tensor, expand_weight: Tensor, reduce_weight: Tensor | None,
     excite_weight: Tensor | None, project_weight: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """What backward returns after the gradients of input and expand's weight, PyTorch's own."""
+
     def like(weight: Tensor | None) -> Tensor:
         return input.new_empty(0) if weight is None else torch.empty_like(weight)
 
@@ -307,8 +312,6 @@ def _allocate_backward(
         return input.new_empty(0) if weight is None else weight.new_empty(weight.shape[0])
 
     return (
-        torch.empty_like(input, memory_format=torch.channels_last),
-        torch.empty_like(expand_weight, memory_format=torch.channels_last),
         like(reduce_weight),
         bias(reduce_weight),
         like(excite_weight),
@@ -338,8 +341,8 @@ def _backward(
     if input.numel() == 0:
         for grad in grads:
             grad.zero_()
-        return grads
-    grad_excite, (grad_project, grad_bn) = grads[2:6], grads[6:]
+        return _zeros(input), _zeros(expand_weight), *grads
+    *grad_excite, grad_project, grad_bn = grads
     sizes = rows_of_weights(expand_weight, project_weight)
     means: Sequence[Any] = (expand_mean, project_mean)
     variances: Sequence[Any] = (expand_var, project_var)
@@ -379,7 +382,21 @@ def _backward(
     if residual:
         grad_input.add_(grad_output)
     grad_expand = grad_expand.contiguous(memory_format=torch.channels_last)
-    return grad_input, grad_expand, *grads[2:]
+    return grad_input, grad_expand, *grads
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, memory_format=torch.channels_last)
+
+
+def _backward_fake(named: dict[str, Any]) -> tuple[Tensor, ...]:
+    names = ("input", "expand_weight", "reduce_weight", "excite_weight", "project_weight")
+    input, weight, *rest = (named[name] for name in names)
+    return (
+        torch.empty_like(input, memory_format=torch.channels_last),
+        torch.empty_like(weight, memory_format=torch.channels_last),
+        *_allocate_backward(input, weight, *rest),
+    )
 
 
 _OPS = register(
@@ -397,8 +414,5 @@ _OPS = register(
         named["stride"], named["padding"], named["training"],
     ),
     backward=_backward,
-    allocate_backward=lambda named: _allocate_backward(
-        named["input"], named["expand_weight"], named["reduce_weight"], named["excite_weight"],
-        named["project_weight"],
-    ),
+    allocate_backward=_backward_fake,
 )  # fmt: skip
