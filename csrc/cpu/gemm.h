@@ -67,6 +67,8 @@ constexpr GemmFormat kGemmFormat = {Simd<T>::lanes, Products<T>::step,
                                     sizeof(typename Products<T>::Value),
                                     sizeof(typename Simd<T>::Scalar)};
 
+// Bytes of a panel between what is loaded and what is asked for.
+constexpr int kAhead = 1024;
 // Output channels of a panel but the last.
 template <class S>
 constexpr int kPanel = 2 * S::lanes;
@@ -214,6 +216,8 @@ void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel
       const int values = lesser(rows.piece, end - c);
       for (int i = 0; i < values; i += P::step, panel += N * P::step * L) {
         V b[N];
+        // A panel of a k x k convolution passes by in L2 for every tile.
+        __builtin_prefetch(panel + kAhead / sizeof(*panel));
         EFFNET_UNROLL
         for (int v = 0; v < N; ++v) b[v] = P::load(panel + v * P::step * L);
         EFFNET_UNROLL
