@@ -170,8 +170,8 @@ class FusedBatchNormAct2d(BatchNormAct2d):  # type: ignore[misc]
 
 
 class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
-    """``EfficientNet`` whose head convolution, BN and activation are one op in inference, and whose
-    running statistics are updated together in training.
+    """``EfficientNet`` whose stem and head, each a convolution, BN and activation, are one op in
+    inference, and whose running statistics are updated together in training.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -186,7 +186,13 @@ class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
             with updates_together():
                 output: Tensor = super().forward_features(x)
             return output
-        x = self.blocks(self.bn1(self.conv_stem(x)))
+        if stem_refusal(self) is None:
+            stem = _stage(self.conv_stem, self.bn1)
+            block = FusedBlock(stem, None, None, _padding(stem.conv), residual=False)
+            x = run_fused_mbconv(x, block, lambda: None)
+        else:
+            x = self.bn1(self.conv_stem(x))
+        x = self.blocks(x)
         return pointwise_conv_bn_act(
             x, self.conv_head.weight, norm.running_mean, norm.running_var, norm.weight, norm.bias,
             norm.eps, _ACTIVATIONS[type(norm.act)],
@@ -201,9 +207,23 @@ def head_refusal(model: EfficientNet) -> str | None:
         return reason
     if conv.bias is not None:
         return "conv_head has a bias"
+    return _end_norm_refusal("bn2", norm)
+
+
+def stem_refusal(model: EfficientNet) -> str | None:
+    """Why the op cannot stand in for the stem's convolution and BN in inference, or None."""
+    conv, norm = model.conv_stem, model.bn1
+    reason = _dense_refusal("conv_stem", conv) or _end_norm_refusal("bn1", norm)
+    if reason is not None:
+        return reason
+    return "bn1 normalises by the batch" if normalises_by_batch(norm) else None
+
+
+def _end_norm_refusal(name: str, norm: BatchNormAct2d) -> str | None:
+    """Why ``norm``, converted or not, is not BN and a known activation and nothing else."""
     if type(norm) is not FusedBatchNormAct2d and type(norm) is not BatchNormAct2d:
-        return f"bn2 is a {type(norm).__name__}, not a BatchNormAct2d"
-    return named_refusal("bn2", norm) or _act_refusal("bn2", norm)
+        return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
+    return named_refusal(name, norm) or _act_refusal(name, norm)
 
 
 def conv_bn_act_refusal(block: ConvBnAct) -> str | None:

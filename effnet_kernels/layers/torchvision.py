@@ -75,15 +75,20 @@ class FusedTorchvisionFusedMBConv(FusedMBConv):  # type: ignore[misc]
 
 
 class FusedConv2dNormActivation(Conv2dNormActivation):  # type: ignore[misc]
-    """``Conv2dNormActivation``, of a stem or a head, with its BN and activation as one op."""
+    """``Conv2dNormActivation``, of a stem or a head, with its BN and activation as one op, a stem
+    with its convolution.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolution, BN and activation of input, (N, C, H, W)."""
         if call_refusal("batch_norm_act", input) is not None or conv_norm_refusal(self) is not None:
             output: Tensor = super().forward(input)
             return output
-        conv, norm, activation = _stage(self)
-        return run_batch_norm_act(conv(input), norm, activation)
+        stage = _stage(self)
+        if dense_conv_refusal("0", stage.conv) is None:
+            block = FusedBlock(stage, None, None, conv_padding(stage.conv), residual=False)
+            return run_fused_mbconv(input, block, lambda: None)
+        return run_batch_norm_act(stage.conv(input), stage.norm, stage.activation)
 
 
 def conv_norm_refusal(stage: Any) -> str | None:

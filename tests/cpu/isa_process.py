@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
+from ops import test_fused_mbconv as fused_mbconv
+from ops import test_mbconv as mbconv
 from ops.depthwise_cases import CASES, Case, make_arguments, run
 
 THREADS = (1, 2, 3)
@@ -32,6 +34,14 @@ def check_numbers() -> None:
                 )
 
 
+def check_blocks() -> None:
+    """Some blocks of each kind, in all dtypes."""
+    for block in (mbconv, fused_mbconv):
+        for case in block.CASES[:5]:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                block.check(case, dtype, "cpu")
+
+
 def check_threads() -> None:
     """The same bits at every thread count, and twice at each."""
     for case in (LARGE, dataclasses.replace(LARGE, training=False), Case(5, 40, 9, 8, pool=True)):
@@ -47,5 +57,6 @@ def check_threads() -> None:
 
 if __name__ == "__main__":
     check_numbers()
+    check_blocks()
     check_threads()
     print(torch.ops.effnet_kernels_cpp.cpu_isa())
