@@ -244,8 +244,6 @@ def fused_mbconv_kernel(
         )  # fmt: skip
 
 
-# Columns of the sums that are activated at a time, where the middle width or K has more.
-PIECE = 64
 # Bytes of a pixel's slice of terms: a row of shared memory as the tensor cores read it.
 SLICE_BYTES = 128
 # Of a multiprocessor and one of its clocks, roughly those of sm_90: products of 16-bit factors on
@@ -309,6 +307,14 @@ def feature_block(problem: tiles.BlockProblem) -> int:
     More of them are programs of their own, each with the convolution of the whole tile.
     """
     return block_of(problem.features, 512 // problem.itemsize) if problem.features else 0
+
+
+def piece_of(problem: tiles.BlockProblem, hardware: Hardware) -> int:
+    """Columns of the sums that are activated at a time, where the middle width or K has more.
+
+    Fewer where factors of 16 bits are in registers too: a few would be spilled.
+    """
+    return 64 if hardware.asynchronous or problem.itemsize == 4 else 32
 
 
 def shared_bytes(problem: tiles.BlockProblem, tile: tiles.Tile) -> int:
@@ -395,8 +401,8 @@ def fused_plan(
         groups, group_pixels, -(-group_pixels // block_p),
         M // middle_vector, K // feature_vector, -(-K // block_k), middle_vector, feature_vector,
         index_type(max(images * H * W * C, block_p * K, M * kernel * kernel * C, K * M)),
-        block_p, block_r, block_m, block_k, min(block_m, PIECE), warps, stages,
-        (TENSOR_MEMORY_REGISTERS if hardware.tensor_memory else REGISTERS)[warps],
+        block_p, block_r, block_m, block_k, min(block_m, piece_of(problem, hardware)), warps,
+        stages, (TENSOR_MEMORY_REGISTERS if hardware.tensor_memory else REGISTERS)[warps],
     )  # fmt: skip
 
 
