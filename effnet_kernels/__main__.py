@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser("tune", help="find the fastest tiles of Triton kernels on this GPU")
     tune.add_argument(
-        "--models", nargs="+", default=["efficientnet_b0"], metavar="MODEL",
-        help="whose 1x1 convolutions: of those that bench kernels --help lists (default: "
-        "efficientnet_b0)",
+        "--models", nargs="+", default=["efficientnet_b0", "efficientnetv2_s"], metavar="MODEL",
+        help="whose 1x1 convolutions and Fused-MBConv blocks: of those that bench kernels --help "
+        "lists (default: efficientnet_b0 efficientnetv2_s)",
     )  # fmt: skip
     tune.add_argument("--batch", nargs="+", type=int, default=[256], metavar="N")
     tune.add_argument("--jobs", type=int, default=8, metavar="N", help="compilers (default: 8)")

@@ -66,11 +66,11 @@ def test_info() -> None:
 
 def test_convert() -> None:
     """What would be replaced, block by block, and how many."""
-    result = cli("convert", "test_efficientnet")
+    result = cli("convert", "mobilenetv4_conv_small")
     assert result.returncode == 0, result.stderr
     assert "blocks.0.0" in result.stdout
     assert " of " in result.stdout.splitlines()[-1]
-    document = json.loads(cli("convert", "test_efficientnet", "--json").stdout)
+    document = json.loads(cli("convert", "mobilenetv4_conv_small", "--json").stdout)
     assert document["taken"] == sum(block["taken"] for block in document["blocks"])
     assert 0 < document["taken"] < len(document["blocks"])
     assert all(block["reason"] for block in document["blocks"] if not block["taken"])

@@ -11,9 +11,9 @@ import torch
 
 from effnet_kernels.__main__ import main
 from effnet_kernels.bench import tune
-from effnet_kernels.triton import tiles
+from effnet_kernels.triton import fused_mbconv, tiles
 from effnet_kernels.triton.fused_mbconv import fused_plan
-from effnet_kernels.triton.launch import Hardware
+from effnet_kernels.triton.launch import Hardware, hardware
 from effnet_kernels.triton.pointwise_conv_bn_act import pointwise_plan, usual_tile
 
 PROBLEM = tiles.Problem(50176, 480, 112, 2, transformed=True)
@@ -91,7 +91,7 @@ def test_plan_takes_the_tile(shape: tuple[int, int, int, int]) -> None:
 def test_candidates() -> None:
     """All of them fit; the formula's own is among them, up to its stages."""
     for problem in tune.problems(["efficientnet_b0"], [256], torch.bfloat16):
-        found = list(tune.candidates(problem))
+        found = list(tune.candidates(problem, hardware(torch.empty(0))))
         assert len(found) == len(set(found)) >= 4
         for tile in found:
             assert tile.pixels * tile.features <= 128 * 32 * tile.warps
@@ -127,3 +127,12 @@ def test_problems() -> None:
     one, two = (tune.problems(["efficientnet_b0"], n, torch.bfloat16) for n in ([256], [256, 1]))
     assert len(one) == 19
     assert len(two) == 38
+    blocks = [
+        key
+        for key in tune.problems(["efficientnetv2_s"], [8], torch.bfloat16)
+        if isinstance(key, tiles.BlockProblem)
+    ]
+    assert len(blocks) == 5
+    for key in blocks:
+        found = list(tune.candidates(key, hardware(torch.empty(0))))
+        assert fused_mbconv.usual_tile(key, hardware(torch.empty(0))) in found
