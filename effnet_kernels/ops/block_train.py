@@ -213,6 +213,37 @@ def rows_of_weights(*weights: Tensor | None) -> list[int]:
     return [0 if weight is None else weight.shape[0] for weight in weights]
 
 
+def empty_gradients(
+    like: Tensor,
+    reduce_weight: Tensor | None,
+    excite_weight: Tensor | None,
+    project_weight: Tensor,
+    norms: int,
+) -> tuple[Tensor, ...]:
+    """Those that every block has: of squeeze-and-excitation's weights and biases in turn, of
+    project's weight, and of all BNs' parameters; without elements for what is not there.
+
+    Args:
+        like: an image of the block.
+        reduce_weight: (S, C, ...) or None.
+        excite_weight: (C, S, ...) or None.
+        project_weight: (K, C, ...).
+        norms: channels of all BNs.
+    """
+
+    def pair(weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        if weight is None:
+            return like.new_empty(0), like.new_empty(0)
+        return torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+    return (
+        *pair(reduce_weight),
+        *pair(excite_weight),
+        torch.empty_like(project_weight),
+        like.new_empty(2 * norms, dtype=checks.accumulator(like)),
+    )
+
+
 class Operators(NamedTuple):
     """A block's two functional ops.
 

@@ -57,6 +57,7 @@ from effnet_kernels.ops.block_train import (
     Excite,
     Expanded,
     Project,
+    empty_gradients,
     project_backward,
     project_forward,
     register,
@@ -167,7 +168,7 @@ def fused_mbconv_train(
     if not training:
         return FusedMbconvTrainOutput(output, None, None)
     sizes = rows_of_weights(expand.weight, project.weight)
-    means, variances = _means_and_variances(vectors, sizes)
+    means, variances = _halves(vectors, sizes)
     pixels = n * out_h * out_w
     return FusedMbconvTrainOutput(
         output,
@@ -176,7 +177,8 @@ def fused_mbconv_train(
     )
 
 
-def _means_and_variances(vectors: Tensor, sizes: list[int]) -> tuple[Sequence[Any], Sequence[Any]]:
+def _halves(vectors: Tensor, sizes: list[int]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The vectors of one kind by BN, and those of the other."""
     parts = vectors.split_with_sizes([*sizes, *sizes])
     return parts[: len(sizes)], parts[len(sizes) :]
 
@@ -276,7 +278,7 @@ def _forward(
     variances: Sequence[Any] = (expand_var, project_var)
     if training:
         sizes = rows_of_weights(expand_weight, project_weight)
-        means, variances = _means_and_variances(vectors, sizes)
+        means, variances = _halves(vectors, sizes)
         backends.kernel(backend, "channel_statistics_out")(conv, means[0], variances[0])
     project_forward(
         backend,
@@ -304,23 +306,8 @@ def _allocate_backward(
     excite_weight: Tensor | None, project_weight: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What backward returns after the gradients of input and expand's weight, PyTorch's own."""
-
-    def like(weight: Tensor | None) -> Tensor:
-        return input.new_empty(0) if weight is None else torch.empty_like(weight)
-
-    def bias(weight: Tensor | None) -> Tensor:
-        return input.new_empty(0) if weight is None else weight.new_empty(weight.shape[0])
-
-    return (
-        like(reduce_weight),
-        bias(reduce_weight),
-        like(excite_weight),
-        bias(excite_weight),
-        like(project_weight),
-        input.new_empty(
-            2 * sum(rows_of_weights(expand_weight, project_weight)), dtype=checks.accumulator(input)
-        ),
-    )
+    norms = sum(rows_of_weights(expand_weight, project_weight))
+    return empty_gradients(input, reduce_weight, excite_weight, project_weight, norms)
 
 
 def _backward(
@@ -347,8 +334,8 @@ def _backward(
     means: Sequence[Any] = (expand_mean, project_mean)
     variances: Sequence[Any] = (expand_var, project_var)
     if training:
-        means, variances = _means_and_variances(vectors, sizes)
-    grad_weight, grad_bias = _means_and_variances(grad_bn, sizes)
+        means, variances = _halves(vectors, sizes)
+    grad_weight, grad_bias = _halves(grad_bn, sizes)
     bn = (means[0], variances[0], expand_bn_weight, expand_bn_bias, expand_eps)
     grad_scaled, grad_pooled = project_backward(
         backend,

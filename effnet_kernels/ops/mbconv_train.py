@@ -60,6 +60,7 @@ from effnet_kernels.ops.block_train import (
     Excite,
     Expanded,
     Project,
+    empty_gradients,
     project_backward,
     project_forward,
     register,
@@ -395,25 +396,12 @@ def _allocate_backward(
     input: Tensor, expand_weight: Tensor | None, depthwise_weight: Tensor,
     reduce_weight: Tensor | None, excite_weight: Tensor | None, project_weight: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    def like(weight: Tensor | None) -> Tensor:
-        return input.new_empty(0) if weight is None else torch.empty_like(weight)
-
-    def bias(weight: Tensor | None) -> Tensor:
-        return input.new_empty(0) if weight is None else weight.new_empty(weight.shape[0])
-
+    norms = sum(rows_of_weights(expand_weight, depthwise_weight, project_weight))
     return (
         torch.empty_like(input, memory_format=torch.channels_last),
-        like(expand_weight),
-        like(depthwise_weight),
-        like(reduce_weight),
-        bias(reduce_weight),
-        like(excite_weight),
-        bias(excite_weight),
-        like(project_weight),
-        input.new_empty(
-            2 * sum(rows_of_weights(expand_weight, depthwise_weight, project_weight)),
-            dtype=checks.accumulator(input),
-        ),
+        input.new_empty(0) if expand_weight is None else torch.empty_like(expand_weight),
+        torch.empty_like(depthwise_weight),
+        *empty_gradients(input, reduce_weight, excite_weight, project_weight, norms),
     )
 
 

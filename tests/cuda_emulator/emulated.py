@@ -17,6 +17,7 @@ import random
 import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
+from ops.block_cases import Case as MbconvCase
 from ops.depthwise_cases import CASES, Case, make_arguments, run
 from ops.test_batch_norm_act import CASES as BATCH_NORM_ACT_CASES
 from ops.test_batch_norm_act import (
@@ -30,7 +31,6 @@ from ops.test_batch_norm_act import Case as BatchNormActCase
 from ops.test_batch_norm_act import check as check_batch_norm_act
 from ops.test_depthwise_conv_bn_act import check
 from ops.test_mbconv import CASES as MBCONV_CASES
-from ops.test_mbconv import Case as MbconvCase
 from ops.test_mbconv import check as check_mbconv
 from ops.test_mbconv_train import CASES as MBCONV_TRAIN_CASES
 from ops.test_mbconv_train import check as check_mbconv_train

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from accuracy import FORWARD, assert_error_rule
 from devices import device_of, interpreted, skip_in_interpreter
-from ops.test_mbconv import in_double
+from ops.block_cases import Case, Draw, in_double
 from torch import Tensor
 
 from effnet_kernels import use_backend
-from effnet_kernels.ops import ConvBn, SqueezeExcite, fused_mbconv
-
-
-@dataclass(frozen=True)
-class Case:
-    """One block: ``channels`` expanded to ``expanded``, then to ``features`` (0: no projection)."""
-
-    batch: int
-    channels: int
-    expanded: int
-    features: int
-    height: int
-    width: int
-    kernel: int = 3
-    stride: int = 1
-    padding: int | str | tuple[int, ...] = "same"
-    squeezed: int = 0
-    residual: bool = False
-    activation: str = "silu"
-    affine: bool = True
-    project_activation: str = "identity"
-    layout: str = "channels_last"
-
-    def __str__(self) -> str:
-        words = [
-            f"{self.batch}x{self.channels}x{self.height}x{self.width}",
-            f"e{self.expanded}",
-            f"k{self.features}",
-            f"{self.kernel}x{self.kernel}",
-            f"stride{self.stride}",
-            f"pad{self.padding}",
-            self.activation,
-        ]
-        words += [f"se{self.squeezed}"] if self.squeezed else []
-        words += ["residual"] if self.residual else []
-        words += [] if self.affine else ["plain"]
-        words += [] if self.layout == "channels_last" else [self.layout]
-        return "-".join(words).replace(" ", "")
-
+from effnet_kernels.ops import SqueezeExcite, fused_mbconv
 
 CASES = [
     Case(2, 16, 64, 16, 12, 14, residual=True),
@@ -70,42 +31,13 @@ CASES = [
 
 def make_arguments(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """The call's arguments by name."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def conv(k: int, *rest: int, fan: int, activation: str) -> ConvBn:
-        return ConvBn(
-            (random(k, *rest) / fan**0.5).to(dtype).to(device),
-            (random(k) * 0.1).float().to(device),
-            (random(k).abs() + 0.5).float().to(device),
-            (random(k).abs() + 0.5).float().to(device) if case.affine else None,
-            (random(k) * 0.3).float().to(device) if case.affine else None,
-            1e-3,
-            activation,
-        )
-
+    draw = Draw(case, dtype, device)
     c, m, k = case.channels, case.expanded, case.kernel
-    image = random(case.batch, c, case.height, case.width).to(dtype).to(device)
-    if case.layout == "channels_last":
-        image = image.contiguous(memory_format=torch.channels_last)
-    squeeze_excite = None
-    if case.squeezed:
-        s = case.squeezed
-        squeeze_excite = SqueezeExcite(
-            (random(s, m, 1, 1) * 2 / m**0.5).to(dtype).to(device),
-            random(s).to(dtype).to(device),
-            (random(m, s, 1, 1) / s**0.5).to(dtype).to(device),
-            random(m).to(dtype).to(device),
-            case.activation,
-            "hardsigmoid" if case.activation == "hardswish" else "sigmoid",
-        )
     return {
-        "input": image,
-        "expand": conv(m, c, k, k, fan=c * k * k, activation=case.activation),
-        "squeeze_excite": squeeze_excite,
-        "project": conv(case.features, m, 1, 1, fan=m, activation=case.project_activation)
+        "input": draw.image(),
+        "squeeze_excite": draw.squeeze_excite(m),
+        "expand": draw.stage(m, c, k, k, fan=c * k * k, activation=case.activation),
+        "project": draw.stage(case.features, m, 1, 1, fan=m, activation=case.project_activation)
         if case.features
         else None,
         "stride": case.stride,

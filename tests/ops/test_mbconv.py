@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from accuracy import FORWARD, assert_error_rule, relative_errors
 from devices import device_of, interpreted, skip_in_interpreter
+from ops.block_cases import Case, Draw, in_double
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effnet_kernels import backends, use_backend
-from effnet_kernels.ops import ConvBn, SqueezeExcite, mbconv
+from effnet_kernels.ops import SqueezeExcite, mbconv
 from effnet_kernels.ops.mbconv_cost import expand_seconds, fuse_expand, halo
-
-
-@dataclass(frozen=True)
-class Case:
-    """One block: ``channels`` expanded to ``expanded`` (0: no expansion), then to ``features``."""
-
-    batch: int
-    channels: int
-    expanded: int
-    features: int
-    height: int
-    width: int
-    kernel: int = 3
-    stride: int = 1
-    padding: int | str | tuple[int, ...] = "same"
-    squeezed: int = 0
-    residual: bool = False
-    activation: str = "silu"
-    affine: bool = True
-    project_activation: str = "identity"
-    layout: str = "channels_last"
-
-    def __str__(self) -> str:
-        words = [
-            f"{self.batch}x{self.channels}x{self.height}x{self.width}",
-            f"e{self.expanded}",
-            f"k{self.features}",
-            f"{self.kernel}x{self.kernel}",
-            f"stride{self.stride}",
-            f"pad{self.padding}",
-            self.activation,
-        ]
-        words += [f"se{self.squeezed}"] if self.squeezed else []
-        words += ["residual"] if self.residual else []
-        words += [] if self.affine else ["plain"]
-        words += [] if self.layout == "channels_last" else [self.layout]
-        return "-".join(words).replace(" ", "")
-
 
 CASES = [
     Case(2, 16, 32, 16, 12, 14, squeezed=4, residual=True),
@@ -70,64 +32,20 @@ CASES = [
 
 def make_arguments(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """The call's arguments by name."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def conv(k: int, *rest: int, fan: int, activation: str) -> ConvBn:
-        return ConvBn(
-            (random(k, *rest) / fan**0.5).to(dtype).to(device),
-            (random(k) * 0.1).float().to(device),
-            (random(k).abs() + 0.5).float().to(device),
-            (random(k).abs() + 0.5).float().to(device) if case.affine else None,
-            (random(k) * 0.3).float().to(device) if case.affine else None,
-            1e-3,
-            activation,
-        )
-
-    c = case.expanded or case.channels
-    image = random(case.batch, case.channels, case.height, case.width).to(dtype).to(device)
-    if case.layout == "channels_last":
-        image = image.contiguous(memory_format=torch.channels_last)
-    squeeze_excite = None
-    if case.squeezed:
-        s = case.squeezed
-        squeeze_excite = SqueezeExcite(
-            (random(s, c, 1, 1) * 2 / c**0.5).to(dtype).to(device),
-            random(s).to(dtype).to(device),
-            (random(c, s, 1, 1) / s**0.5).to(dtype).to(device),
-            random(c).to(dtype).to(device),
-            "silu" if case.activation == "identity" or case.activation == "relu6"
-            else case.activation,
-            "hardsigmoid" if case.activation == "hardswish" else "sigmoid",
-        )  # fmt: skip
-    k = case.kernel
+    draw = Draw(case, dtype, device)
+    c, k, activation = case.expanded or case.channels, case.kernel, case.activation
     return {
-        "input": image,
-        "expand": conv(c, case.channels, 1, 1, fan=case.channels, activation=case.activation)
+        "input": draw.image(),
+        "squeeze_excite": draw.squeeze_excite(c),
+        "expand": draw.stage(c, case.channels, 1, 1, fan=case.channels, activation=activation)
         if case.expanded
         else None,
-        "depthwise": conv(c, 1, k, k, fan=k * k, activation=case.activation),
-        "squeeze_excite": squeeze_excite,
-        "project": conv(case.features, c, 1, 1, fan=c, activation=case.project_activation),
+        "depthwise": draw.stage(c, 1, k, k, fan=k * k, activation=activation),
+        "project": draw.stage(case.features, c, 1, 1, fan=c, activation=case.project_activation),
         "stride": case.stride,
         "padding": case.padding,
         "residual": case.residual,
     }
-
-
-def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same call in float64."""
-
-    def double(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.double()
-        if isinstance(value, (ConvBn, SqueezeExcite)):
-            return type(value)(*(double(v) for v in value))
-        return value
-
-    return {name: double(value) for name, value in arguments.items()}
 
 
 def run(arguments: dict[str, Any], backend: str) -> Tensor:

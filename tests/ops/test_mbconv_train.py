@@ -9,8 +9,9 @@ import pytest
 import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from devices import device_of, interpreted, skip_in_interpreter
+from ops.block_cases import Case, in_double
 from ops.test_mbconv import CASES as INFERENCE_CASES
-from ops.test_mbconv import Case, in_double, make_arguments
+from ops.test_mbconv import make_arguments
 from torch import Tensor
 
 from effnet_kernels import use_backend

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import FORWARD, assert_error_rule
 from devices import device_of, skip_in_interpreter
+from ops.block_cases import Case
+from ops.test_fused_mbconv import check, make_arguments
 from torch import Tensor
 
-from effnet_kernels import use_backend
 from effnet_kernels.activations import EAGER, Activation
-from effnet_kernels.ops import ConvBn, SqueezeExcite
 from effnet_kernels.ops.depthwise_conv_bn_act import check_padding
-from effnet_kernels.ops.fused_mbconv import conv2d, fused_mbconv
+from effnet_kernels.ops.fused_mbconv import conv2d
 from effnet_kernels.triton import fused_mbconv as module
 from effnet_kernels.triton import tiles
 from effnet_kernels.triton.launch import Hardware
-
-
-@dataclass(frozen=True)
-class Case:
-    """One block: ``channels`` to ``middle``, projected to ``features`` (0: not projected)."""
-
-    batch: int
-    channels: int
-    middle: int
-    features: int
-    height: int
-    width: int
-    kernel: int = 3
-    stride: int = 1
-    padding: str | tuple[int, ...] = "same"
-    squeezed: int = 0
-    residual: bool = False
-    activation: str = "silu"
-    project_activation: str = "identity"
-    affine: bool = True
-
-    def __str__(self) -> str:
-        words = [
-            f"{self.batch}x{self.channels}x{self.height}x{self.width}",
-            f"m{self.middle}-k{self.features}-k{self.kernel}s{self.stride}",
-            f"pad{self.padding}-{self.activation}",
-        ]
-        words += [f"se{self.squeezed}"] if self.squeezed else []
-        words += ["residual"] if self.residual else []
-        return "-".join(words).replace(" ", "")
-
 
 CASES = [
     Case(2, 16, 64, 16, 9, 11, residual=True),
@@ -69,77 +37,12 @@ CASES = [
 ]
 
 
-def make_arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """The call's arguments by name."""
-    generator = torch.Generator().manual_seed(0)
-    device = device_of("triton")
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def conv(k: int, c: int, size: int, activation: str) -> ConvBn:
-        weight = random(k, c, size, size) / (c * size * size) ** 0.5
-        return ConvBn(
-            weight.to(device, dtype, memory_format=torch.channels_last),
-            (random(k) * 0.1).float().to(device),
-            (random(k).abs() + 0.5).float().to(device),
-            (random(k).abs() + 0.5).float().to(device) if case.affine else None,
-            (random(k) * 0.3).float().to(device) if case.affine else None,
-            1e-3,
-            activation,
-        )
-
-    m, s = case.middle, case.squeezed
-    squeeze_excite = None
-    if s:
-        squeeze_excite = SqueezeExcite(
-            (random(s, m, 1, 1) * 2 / m**0.5).to(device, dtype),
-            random(s).to(device, dtype),
-            (random(m, s, 1, 1) / s**0.5).to(device, dtype),
-            random(m).to(device, dtype),
-            "silu",
-            "sigmoid",
-        )
-    image = random(case.batch, case.channels, case.height, case.width)
-    return {
-        "input": image.to(device, dtype, memory_format=torch.channels_last),
-        "expand": conv(m, case.channels, case.kernel, case.activation),
-        "squeeze_excite": squeeze_excite,
-        "project": conv(case.features, m, 1, case.project_activation) if case.features else None,
-        "stride": case.stride,
-        "padding": case.padding,
-        "residual": case.residual,
-    }
-
-
-def in_double(value: Any) -> Any:
-    """The same argument in float64."""
-    if isinstance(value, Tensor):
-        return value.double()
-    if isinstance(value, (ConvBn, SqueezeExcite)):
-        return type(value)(*(in_double(v) for v in value))
-    return value
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
-    """The output is at most 2x eager's own error from float64."""
-    arguments = make_arguments(case, dtype)
-    with torch.no_grad():
-        with use_backend("triton"):
-            ours = fused_mbconv(**arguments)
-        with use_backend("eager"):
-            eager = fused_mbconv(**arguments)
-            exact = fused_mbconv(**{name: in_double(v) for name, v in arguments.items()})
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert_error_rule(str(case), ours, eager, exact, dtype, FORWARD)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case: Case, dtype: torch.dtype) -> None:
     """Kernels, strides, pads, ragged extents, no project convolution, squeeze-and-excitation."""
     skip_in_interpreter("triton", dtype, CASES.index(case))
-    check(case, dtype)
+    check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -150,8 +53,8 @@ def test_any_tile(tile: tiles.Tile, dtype: torch.dtype) -> None:
     """Chunks of a part of the middle width, and one that is wider than it; two images a tile."""
     case = Case(3, 10, 72, 20, 7, 6, residual=False)
     with tiles.force(tile, tiles.BlockProblem):
-        check(case, dtype)
-        check(replace(case, squeezed=4), dtype)
+        check(case, dtype, "triton")
+        check(replace(case, squeezed=4), dtype, "triton")
 
 
 @pytest.mark.parametrize("size", [(5, 6), (13, 12)], ids=str)
@@ -159,19 +62,20 @@ def test_any_tile(tile: tiles.Tile, dtype: torch.dtype) -> None:
 def test_pooled(size: tuple[int, int], dtype: torch.dtype) -> None:
     """Sums by image of what the convolution gives, before the residual; of one tile and several."""
     case = Case(2, 40, 40, 0, *size)
-    arguments = make_arguments(case, dtype)
+    arguments = make_arguments(case, dtype, device_of("triton"))
     x, expand = arguments["input"], arguments["expand"]
+    weight = expand.weight.contiguous(memory_format=torch.channels_last)
     pads = check_padding("same", x, 3, 1)
     output = torch.empty_like(x).fill_(torch.nan)
     pooled = torch.full((2, 40), torch.nan, device=x.device)
     bn = (expand.running_mean, expand.running_var, expand.bn_weight, expand.bn_bias)
     module.fused_mbconv_out(
-        x, expand.weight, *bn, 1e-3, Activation.silu, 1, pads[0], pads[1],
+        x, weight, *bn, 1e-3, Activation.silu, 1, pads[0], pads[1],
         None, None, None, None, None, 0.0, Activation.identity, x, False, output, pooled,
     )  # fmt: skip
 
     def reference(compute: torch.dtype) -> tuple[Tensor, Tensor]:
-        z = conv2d(x.to(compute), expand.weight.to(compute), 1, pads)
+        z = conv2d(x.to(compute), weight.to(compute), 1, pads)
         z = torch.nn.functional.batch_norm(z, *(t.to(compute) for t in bn), False, 0.0, 1e-3)
         z = EAGER[Activation.silu](z)
         return z + x.to(compute), z.sum((2, 3), dtype=torch.promote_types(compute, torch.float32))
