@@ -1,4 +1,5 @@
-// The schema of every CUDA kernel, and what the library tells about the processor. A kernel writes
+// The schema of every CUDA kernel, of the CPU's prepared networks, and what the library tells about
+// the processor. A kernel writes
 // into tensors that the caller (effnet_kernels/ops) allocated; its implementation registers itself
 // beside its code. The CPU kernels implement the functional ops themselves, whose schemas are
 // there.
@@ -83,6 +84,33 @@ STABLE_TORCH_LIBRARY(EFFNET_LIBRARY, m) {
       "int gate_activation, Tensor(a!) grad_pooled, Tensor(b!) grad_reduce_weight, "
       "Tensor(c!) grad_reduce_bias, Tensor(d!) grad_expand_weight, Tensor(e!) grad_expand_bias) "
       "-> ()");
+  // The weights of a block, a convolution or a pool, packed for the CPU's kernels; the input is an
+  // example of what it will take, of which the extent is nothing. Then images through what was
+  // packed, stage after stage, each with its padding (top, left, bottom, right).
+  m.def(
+      "mbconv_prepare("
+      "Tensor input, Tensor? expand_weight, Tensor? expand_mean, Tensor? expand_var, "
+      "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
+      "Tensor depthwise_weight, Tensor depthwise_mean, Tensor depthwise_var, "
+      "Tensor? depthwise_bn_weight, Tensor? depthwise_bn_bias, float depthwise_eps, "
+      "int depthwise_activation, int stride, int[] padding, Tensor? reduce_weight, "
+      "Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, int se_activation, "
+      "int gate_activation, Tensor project_weight, Tensor project_mean, Tensor project_var, "
+      "Tensor? project_bn_weight, Tensor? project_bn_bias, float project_eps, "
+      "int project_activation, bool residual, bool allow_tf32) -> Tensor");
+  m.def(
+      "fused_mbconv_prepare("
+      "Tensor input, Tensor expand_weight, Tensor expand_mean, Tensor expand_var, "
+      "Tensor? expand_bn_weight, Tensor? expand_bn_bias, float expand_eps, int expand_activation, "
+      "int stride, int[] padding, Tensor? project_weight, Tensor? project_mean, "
+      "Tensor? project_var, Tensor? project_bn_weight, Tensor? project_bn_bias, "
+      "float project_eps, int project_activation, bool residual) -> Tensor");
+  m.def(
+      "pointwise_conv_bn_act_prepare("
+      "Tensor input, Tensor weight, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
+      "float eps, int activation) -> Tensor");
+  m.def("average_pool_prepare(Tensor input) -> Tensor");
+  m.def("prepared_network(Tensor input, Tensor[] stages, int[] padding) -> Tensor");
   // The instruction set that the CPU kernels use, and those this processor has, best first.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");

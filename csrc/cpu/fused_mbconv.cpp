@@ -6,11 +6,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
 
 #include "../checks.h"
 #include "../ops.h"
 #include "isa.h"
 #include "memory.h"
+#include "results.h"
+#include "stage.h"
 
 namespace effnet {
 namespace {
@@ -46,6 +52,120 @@ FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
   return p;
 }
 
+// Where the packed weights lie.
+struct Layout {
+  Layout() = default;
+  Layout(const FusedMbconv& a, const GemmFormat& f, Pieces& pieces) {
+    const int64_t taps = int64_t{a.shape.kernel} * a.shape.kernel;
+    expand = pieces.add(f.matrix_bytes(a.shape.channels, taps * f.depth(a.in_channels)));
+    project = pieces.add(a.project_weight ? f.matrix_bytes(a.out_channels, a.shape.channels) : 0);
+  }
+
+  FusedMbconvWeights in(void* memory) const { return {at(memory, expand), at(memory, project)}; }
+
+  int64_t expand = 0, project = 0;
+};
+
+void pack(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbconvPlan& p,
+          const FusedMbconvWeights& weights) {
+  torch::stable::parallel_for(
+      0, p.expand_panels + p.project_panels, 1,
+      [&](int64_t begin, int64_t end) { k.pack(a, p, weights, begin, end); });
+}
+
+// All bands of a.shape.batch images. sums: as k.run() has them.
+void run_bands(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbconvPlan& p,
+               const FusedMbconvWeights& weights, void* sums) {
+  const ConvShape& s = a.shape;
+  const GemmFormat& f = k.format;
+  torch::stable::parallel_for(0, s.batch * p.bands, 1, [&](int64_t begin, int64_t end) {
+    const Memory band(p.in_rows * p.row() * f.value_bytes);
+    const Memory expanded(int64_t{p.band_rows} * s.out_w * p.expanded * f.value_bytes + 1);
+    k.run(a, p, weights, begin, end, band.get(), expanded.get(), sums);
+  });
+}
+
+class FusedMbconvStage final : public Stage {
+ public:
+  // `residual`: the input is added.
+  FusedMbconvStage(const FusedMbconv& a, const FusedMbconvWeights& weights, int64_t weight_bytes,
+                   bool residual)
+      : Stage({a.in_channels, a.shape.in_h, a.shape.in_w},
+              {a.out_channels, a.shape.out_h, a.shape.out_w}, weight_bytes),
+        a_(a),
+        k_(kernels_for(a.dtype)),
+        p_(make_plan(a, k_)),
+        weights_(weights),
+        residual_(residual) {}
+
+  void run(const void* image, void* result, void*) const override {
+    FusedMbconv a = a_;
+    a.input = image;
+    a.output = result;
+    a.residual = residual_ ? image : nullptr;
+    run_bands(a, k_, p_, weights_, nullptr);
+  }
+
+ private:
+  const FusedMbconv a_;
+  const FusedMbconvKernels& k_;
+  const FusedMbconvPlan p_;
+  const FusedMbconvWeights weights_;
+  const bool residual_;
+};
+
+// What fused_mbconv_stage() reads: the arguments, then the weights.
+struct Prepared {
+  StageHeader header;
+  FusedMbconv arguments;
+  Layout layout;
+};
+
+Tensor prepare(const Tensor& like, const FusedMbconv& a) {
+  const FusedMbconvKernels& k = kernels_for(a.dtype);
+  Prepared p{};
+  Pieces pieces;
+  pieces.add(sizeof(Prepared));
+  p.layout = Layout(a, k.format, pieces);
+  p.arguments = a;
+  p.header = {StageHeader::kMagic,
+              pieces.bytes(),
+              StageHeader::Kind::fused_mbconv,
+              a.dtype,
+              StageHeader::current_isa(),
+              a.in_channels,
+              a.out_channels,
+              a.shape.kernel,
+              a.shape.stride};
+  Tensor packed = empty_bytes(like, pieces.bytes());
+  std::memcpy(packed.mutable_data_ptr(), &p, sizeof(p));
+  pack(a, k, make_plan(a, k), p.layout.in(packed.mutable_data_ptr()));
+  return packed;
+}
+
+// Of the out-variant's arguments (csrc/ops.cpp) those that a stage of a prepared network has; the
+// image is an example and its extent is nothing.
+Tensor prepare_call(Tensor image, Tensor expand_weight, Tensor expand_mean, Tensor expand_var,
+                    OptionalTensor expand_bn_weight, OptionalTensor expand_bn_bias,
+                    double expand_eps, int64_t expand_activation, int64_t stride,
+                    std::vector<int64_t> padding, OptionalTensor project_weight,
+                    OptionalTensor project_mean, OptionalTensor project_var,
+                    OptionalTensor project_bn_weight, OptionalTensor project_bn_bias,
+                    double project_eps, int64_t project_activation, bool residual) {
+  const auto [height, width] =
+      depthwise_output_size("fused_mbconv_prepare", image, expand_weight, stride, padding);
+  const Tensor input = channels_last(image);
+  const Tensor& last = project_weight ? *project_weight : expand_weight;
+  const Tensor output = empty_image(input, input.size(0), last.size(0), height, width);
+  return prepare(
+      input, check_fused_mbconv(input, channels_last(expand_weight), expand_mean, expand_var,
+                                expand_bn_weight, expand_bn_bias, expand_eps, expand_activation,
+                                stride, padding[0], padding[1], project_weight, project_mean,
+                                project_var, project_bn_weight, project_bn_bias, project_eps,
+                                project_activation, residual ? std::optional(input) : std::nullopt,
+                                false, output, std::nullopt));
+}
+
 // The out-variant: csrc/ops.cpp has its schema.
 void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tensor expand_var,
                    OptionalTensor expand_bn_weight, OptionalTensor expand_bn_bias,
@@ -62,31 +182,40 @@ void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tenso
   const ConvShape& s = a.shape;
   const FusedMbconvKernels& k = kernels_for(a.dtype);
   const FusedMbconvPlan p = make_plan(a, k);
-  const GemmFormat& f = k.format;
   ask_for_huge_pages(a.output,
                      s.batch * s.out_h * s.out_w * a.out_channels * element_size(a.dtype));
-  const bool projects = a.project_weight != nullptr;
-  const int64_t taps = int64_t{s.kernel} * s.kernel;
-  const Memory expand(f.matrix_bytes(s.channels, taps * p.pixel));
-  const Memory project(projects ? f.matrix_bytes(a.out_channels, s.channels) : 1);
-  const FusedMbconvWeights weights{expand.get(), project.get()};
-  torch::stable::parallel_for(
-      0, p.expand_panels + p.project_panels, 1,
-      [&](int64_t begin, int64_t end) { k.pack(a, p, weights, begin, end); });
-  const int64_t items = s.batch * p.bands;
-  const Memory sums(a.pooled == nullptr ? 1 : items * 2 * p.padded_channels * f.accumulate_bytes);
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    const Memory band(p.in_rows * p.row() * f.value_bytes);
-    const Memory expanded(int64_t{p.band_rows} * s.out_w * p.expanded * f.value_bytes + 1);
-    k.run(a, p, weights, begin, end, band.get(), expanded.get(),
-          a.pooled == nullptr ? nullptr : sums.get());
-  });
+  Pieces pieces;
+  const Layout layout(a, k.format, pieces);
+  const Memory packed(pieces.bytes());
+  const FusedMbconvWeights weights = layout.in(packed.get());
+  pack(a, k, p, weights);
+  const int64_t row = 2 * p.padded_channels * k.format.accumulate_bytes;
+  const Memory sums(a.pooled == nullptr ? 1 : s.batch * p.bands * row);
+  run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get());
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 
 }  // namespace
+
+std::unique_ptr<Stage> fused_mbconv_stage(const void* packed, const StagePlace& place) {
+  const Prepared& p = *static_cast<const Prepared*>(packed);
+  FusedMbconv a = p.arguments;
+  ConvShape& s = a.shape;
+  s.batch = 1;
+  s.in_h = static_cast<int>(place.input.height);
+  s.in_w = static_cast<int>(place.input.width);
+  s.out_h = static_cast<int>(place.output.height);
+  s.out_w = static_cast<int>(place.output.width);
+  s.pad_top = static_cast<int>(place.pad_top);
+  s.pad_left = static_cast<int>(place.pad_left);
+  // Only read from here on.
+  const FusedMbconvWeights weights = p.layout.in(const_cast<void*>(packed));
+  return std::make_unique<FusedMbconvStage>(a, weights, p.header.bytes, a.residual != nullptr);
+}
+
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
   m.impl("fused_mbconv_out", TORCH_BOX(&effnet::inference_out));
+  m.impl("fused_mbconv_prepare", TORCH_BOX(&effnet::prepare_call));
 }

@@ -1,19 +1,21 @@
-// The MBConv block on the CPU. As many images as there are threads go through the block side by
-// side, each in one thread's caches; the images that are left over, and all of a small batch, one
-// after the other with every step cut up for all threads.
+// The MBConv block on the CPU: a stage of which the op is a network of its own (stage.h).
 #include "mbconv.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../checks.h"
+#include "../ops.h"
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
 #include "squeeze_excite.h"
+#include "stage.h"
 
 namespace effnet {
 namespace {
@@ -72,187 +74,203 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   return p;
 }
 
-// Pieces of one piece of memory.
-class Pieces {
- public:
-  int64_t add(int64_t bytes) {
-    const int64_t offset = bytes_;
-    bytes_ += round_up(bytes, 64);
-    return offset;
+// Where the packed weights lie.
+struct Layout {
+  Layout() = default;
+  Layout(const MbconvInference& a, const GemmFormat& f, Pieces& pieces) {
+    const ConvShape& s = a.shape;
+    const int64_t c = f.padded(s.channels), size = f.accumulate_bytes;
+    expand = pieces.add(a.expand_weight ? f.matrix_bytes(s.channels, a.in_channels) : 0);
+    depthwise = pieces.add(c * s.kernel * s.kernel * size);
+    depthwise_start = pieces.add(c * size);
+    project = pieces.add(f.matrix_bytes(a.out_channels, s.channels));
   }
-  int64_t bytes() const { return bytes_; }
 
- private:
-  int64_t bytes_ = 0;
+  MbconvWeights in(void* memory) const {
+    return {at(memory, expand), at(memory, depthwise), at(memory, depthwise_start),
+            at(memory, project)};
+  }
+
+  int64_t expand = 0, depthwise = 0, depthwise_start = 0, project = 0;
 };
 
-void* at(const Memory& memory, int64_t offset) { return static_cast<char*>(memory.get()) + offset; }
+void pack(const MbconvInference& a, const MbconvKernels& k, const MbconvWeights& weights) {
+  const MbconvPlan p = make_plan(a, k);
+  const int64_t blocks = p.depthwise.blocks;
+  torch::stable::parallel_for(0, blocks + p.project_panels, 1, [&](int64_t begin, int64_t end) {
+    if (begin < blocks) {
+      const Memory scratch(8 * p.padded_channels() * k.format.accumulate_bytes + 1024);
+      k.pack_block(a, p, weights, begin, std::min(end, blocks), scratch.get());
+    }
+    if (end > blocks) {
+      k.pack_project(a, weights, std::max(begin, blocks) - blocks, end - blocks);
+    }
+  });
+}
 
-class Block {
+ImageShape input_shape(const MbconvInference& a) {
+  return {a.in_channels, a.shape.in_h, a.shape.in_w};
+}
+ImageShape output_shape(const MbconvInference& a) {
+  return {a.out_channels, a.shape.out_h, a.shape.out_w};
+}
+
+class MbconvStage final : public Stage {
  public:
-  explicit Block(const MbconvInference& a)
-      : a_(a),
+  MbconvStage(const MbconvInference& a, const MbconvWeights& weights, int64_t weight_bytes)
+      : Stage(input_shape(a), output_shape(a), weight_bytes),
+        a_(a),
         k_(kernels_for(a.dtype)),
         p_(make_plan(a, k_)),
-        size_(k_.format.accumulate_bytes),
-        pixels_(int64_t{a.shape.out_h} * a.shape.out_w) {
-    pack();
+        weights_(weights) {
+    const ConvShape& s = a.shape;
+    const GemmFormat& f = k_.format;
+    const int64_t size = f.accumulate_bytes;
+    const int64_t value = a.expand_weight == nullptr ? size : f.value_bytes;
+    converted_ = scratch_.add(p_.converted ? input.pixels() * p_.input_stride * value : 0);
+    depthwise_ = scratch_.add(output.pixels() * s.channels * element_size(a.dtype));
+    if (!gated()) return;
+    pooled_ = scratch_.add(s.channels * size);
+    hidden_ = scratch_.add(a.gate.squeezed * size);
+    gate_ = scratch_.add(s.channels * size);
+    panels_ = scratch_.add(p_.gate_weights ? f.values_bytes(a.out_channels, s.channels) : 0);
   }
 
-  void run() const {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t together = a_.shape.batch / threads * threads;
-    torch::stable::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
-      const Image image(*this);
-      for (int64_t n = begin; n < end; ++n) run_image(image, n, Serial{});
-    });
-    if (together == a_.shape.batch) return;
-    const Image image(*this);
-    for (int64_t n = together; n < a_.shape.batch; ++n) run_image(image, n, Parallel{});
-  }
+  int64_t scratch_bytes() const override { return scratch_.bytes(); }
 
- private:
-  struct Serial {
-    template <class Body>
-    void operator()(int64_t count, const Body& body) const {
-      body(0, count);
-    }
-  };
-  struct Parallel {
-    template <class Body>
-    void operator()(int64_t count, const Body& body) const {
-      torch::stable::parallel_for(0, count, 1, body);
-    }
-  };
-
-  // What one image needs on its way.
-  struct Image {
-    explicit Image(const Block& b) {
-      const ConvShape& s = b.a_.shape;
-      const GemmFormat& f = b.k_.format;
-      Pieces pieces;
-      const int64_t value = b.a_.expand_weight == nullptr ? b.size_ : f.value_bytes;
-      input = pieces.add(b.p_.converted ? s.in_h * s.in_w * b.p_.input_stride * value : 0);
-      depthwise = pieces.add(b.pixels_ * s.channels * element_size(b.a_.dtype));
-      pooled = pieces.add(s.channels * b.size_);
-      hidden = pieces.add(b.a_.gate.squeezed * b.size_);
-      gate = pieces.add(s.channels * b.size_);
-      panels = pieces.add(
-          b.p_.gate_weights && b.gated() ? f.values_bytes(b.a_.out_channels, s.channels) : 0);
-      memory.emplace(pieces.bytes());
-    }
-    void* operator[](int64_t offset) const { return at(*memory, offset); }
-
-    int64_t input, depthwise, pooled, hidden, gate, panels;
-    std::optional<Memory> memory;
-  };
-
-  bool gated() const { return a_.gate.reduce_weight != nullptr; }
-
-  void pack() {
-    const ConvShape& s = a_.shape;
-    const int64_t c = p_.padded_channels();
-    Pieces pieces;
-    const int64_t expand =
-        pieces.add(a_.expand_weight ? k_.format.matrix_bytes(s.channels, a_.in_channels) : 0);
-    const int64_t depthwise = pieces.add(c * s.kernel * s.kernel * size_);
-    const int64_t depthwise_start = pieces.add(c * size_);
-    const int64_t project = pieces.add(k_.format.matrix_bytes(a_.out_channels, s.channels));
-    const Memory& memory = packed_.emplace(pieces.bytes());
-    weights_ = {at(memory, expand), at(memory, depthwise), at(memory, depthwise_start),
-                at(memory, project)};
-    torch::stable::parallel_for(
-        0, p_.depthwise.blocks + p_.project_panels, 1, [&](int64_t begin, int64_t end) {
-          const int64_t blocks = p_.depthwise.blocks;
-          if (begin < blocks) {
-            const Memory scratch(8 * c * size_ + 1024);
-            k_.pack_block(a_, p_, weights_, begin, std::min(end, blocks), scratch.get());
-          }
-          if (end > blocks) {
-            k_.pack_project(a_, weights_, std::max(begin, blocks) - blocks, end - blocks);
-          }
-        });
-  }
-
-  template <class Run>
-  void run_image(const Image& image, int64_t n, const Run& parallel) const {
-    const ConvShape& s = a_.shape;
-    const void* input = static_cast<const char*>(a_.input) +
-                        n * s.in_h * s.in_w * a_.in_channels * element_size(a_.dtype);
+  void run(const void* image, void* result, void* scratch) const override {
+    MbconvInference a = a_;
+    a.input = image;
+    a.output = result;
     if (p_.converted) {
-      parallel(s.in_h, [&](int64_t begin, int64_t end) {
-        k_.convert(a_, p_, n, begin * s.in_w, end * s.in_w, image[image.input]);
+      parallel(a.shape.in_h, [&](int64_t begin, int64_t end) {
+        k_.convert(a, p_, begin * a.shape.in_w, end * a.shape.in_w, at(scratch, converted_));
       });
-      input = image[image.input];
+      image = at(scratch, converted_);
     }
-    void* depthwise = image[image.depthwise];
-    void* pooled = gated() ? image[image.pooled] : nullptr;
+    void* depthwise = at(scratch, depthwise_);
+    void* pooled = gated() ? at(scratch, pooled_) : nullptr;
     parallel(p_.depthwise.blocks, [&](int64_t begin, int64_t end) {
-      const Memory ring(k_.ring_bytes(a_, p_));
-      k_.expand_depthwise(a_, p_, weights_, input, begin, end, ring.get(), depthwise, pooled);
+      const Memory ring(k_.ring_bytes(a, p_));
+      k_.expand_depthwise(a, p_, weights_, image, begin, end, ring.get(), depthwise, pooled);
     });
     const void *gate = nullptr, *gated_panels = nullptr;
     if (gated()) {
-      SqueezeExciteGate g = a_.gate;
-      g.pooled = pooled;
-      g.hidden = image[image.hidden];
-      g.gate = image[image.gate];
-      squeeze_excite_gate(g);
-      gate = g.gate;
+      a.gate.pooled = pooled;
+      a.gate.hidden = at(scratch, hidden_);
+      a.gate.gate = at(scratch, gate_);
+      squeeze_excite_gate(a.gate);
+      gate = a.gate.gate;
       if (p_.gate_weights) {
         parallel(p_.project_panels, [&](int64_t begin, int64_t end) {
-          k_.gate_panels(a_, weights_, g.gate, begin, end, image[image.panels]);
+          k_.gate_panels(a, weights_, a.gate.gate, begin, end, at(scratch, panels_));
         });
-        gated_panels = image[image.panels];
+        gated_panels = at(scratch, panels_);
         gate = nullptr;
       }
     }
     // Items: blocks of rows, times groups of panels where those are few.
-    const int64_t row_blocks = ceil_div(pixels_, p_.project_rows);
+    const int64_t pixels = output.pixels();
+    const int64_t row_blocks = ceil_div(pixels, p_.project_rows);
     const int64_t groups = std::clamp<int64_t>(kProjectItems / row_blocks, 1, p_.project_panels);
     parallel(row_blocks * groups, [&](int64_t begin, int64_t end) {
       const GemmFormat& f = k_.format;
-      const Memory scratch(p_.project_rows * f.depth(s.channels) * f.value_bytes);
+      const Memory rows(p_.project_rows * f.depth(a.shape.channels) * f.value_bytes);
       while (begin < end) {
         // All groups of a block that are in [begin, end), so that its rows are gated once.
         const int64_t block = begin / groups, first = begin % groups;
         const int64_t last = std::min(end - block * groups, groups);
         const int64_t row = block * p_.project_rows;
-        k_.project(a_, weights_, gated_panels, n, depthwise, gate, row,
-                   std::min(p_.project_rows, pixels_ - row), first * p_.project_panels / groups,
-                   last * p_.project_panels / groups, scratch.get());
+        k_.project(a, weights_, gated_panels, depthwise, gate, row,
+                   std::min(p_.project_rows, pixels - row), first * p_.project_panels / groups,
+                   last * p_.project_panels / groups, rows.get());
         begin = block * groups + last;
       }
     });
   }
 
-  const MbconvInference& a_;
+ private:
+  template <class Body>
+  static void parallel(int64_t count, const Body& body) {
+    torch::stable::parallel_for(0, count, 1, body);
+  }
+
+  bool gated() const { return a_.gate.reduce_weight != nullptr; }
+
+  const MbconvInference a_;
   const MbconvKernels& k_;
-  MbconvPlan p_;
-  int64_t size_, pixels_;
-  MbconvWeights weights_;
-  std::optional<Memory> packed_;
+  const MbconvPlan p_;
+  const MbconvWeights weights_;
+  Pieces scratch_;
+  int64_t converted_ = 0, depthwise_ = 0, pooled_ = 0, hidden_ = 0, gate_ = 0, panels_ = 0;
 };
 
-// The functional op (effnet_kernels/ops/mbconv.py has its schema).
-Tensor inference(Tensor image, OptionalTensor expand_weight, OptionalTensor expand_mean,
-                 OptionalTensor expand_var, OptionalTensor expand_bn_weight,
-                 OptionalTensor expand_bn_bias, double expand_eps, int64_t expand_activation,
-                 Tensor depthwise_weight, Tensor depthwise_mean, Tensor depthwise_var,
-                 OptionalTensor depthwise_bn_weight, OptionalTensor depthwise_bn_bias,
-                 double depthwise_eps, int64_t depthwise_activation, int64_t stride,
-                 std::vector<int64_t> padding, OptionalTensor reduce_weight,
-                 OptionalTensor reduce_bias, OptionalTensor excite_weight,
-                 OptionalTensor excite_bias, int64_t se_activation, int64_t gate_activation,
-                 Tensor project_weight, Tensor project_mean, Tensor project_var,
-                 OptionalTensor project_bn_weight, OptionalTensor project_bn_bias,
-                 double project_eps, int64_t project_activation, bool residual, bool) {
+// What mbconv_stage() reads: the arguments, then the weights, those of the gate as they are.
+struct Prepared {
+  StageHeader header;
+  MbconvInference arguments;
+  Layout layout;
+  int64_t reduce_weight, reduce_bias, excite_weight, excite_bias;
+};
+
+Tensor prepare(const Tensor& like, const MbconvInference& a) {
+  const MbconvKernels& k = kernels_for(a.dtype);
+  const SqueezeExciteGate& g = a.gate;
+  const bool gated = g.reduce_weight != nullptr;
+  const int64_t size = gated ? element_size(g.weight_dtype) : 0;
+  const int64_t matrix = int64_t{g.squeezed} * g.channels * size;
+  Prepared p{};
+  Pieces pieces;
+  pieces.add(sizeof(Prepared));
+  p.layout = Layout(a, k.format, pieces);
+  p.reduce_weight = pieces.add(matrix);
+  p.reduce_bias = pieces.add(g.squeezed * size);
+  p.excite_weight = pieces.add(matrix);
+  p.excite_bias = pieces.add(g.channels * size);
+  p.arguments = a;
+  p.header = {StageHeader::kMagic,
+              pieces.bytes(),
+              StageHeader::Kind::mbconv,
+              a.dtype,
+              StageHeader::current_isa(),
+              a.in_channels,
+              a.out_channels,
+              a.shape.kernel,
+              a.shape.stride};
+  Tensor packed = empty_bytes(like, pieces.bytes());
+  void* memory = packed.mutable_data_ptr();
+  std::memcpy(memory, &p, sizeof(p));
+  const auto keep = [&](int64_t offset, const void* from, int64_t bytes) {
+    if (from != nullptr) std::memcpy(at(memory, offset), from, bytes);
+  };
+  keep(p.reduce_weight, g.reduce_weight, matrix);
+  keep(p.reduce_bias, g.reduce_bias, g.squeezed * size);
+  keep(p.excite_weight, g.expand_weight, matrix);
+  keep(p.excite_bias, g.expand_bias, g.channels * size);
+  pack(a, k, p.layout.in(memory));
+  return packed;
+}
+
+// The functional op (effnet_kernels/ops/mbconv.py has its schema), or with the same arguments what
+// makes a stage of a prepared network; the image is then an example and its extent is nothing.
+template <bool Prepares>
+Tensor block(Tensor image, OptionalTensor expand_weight, OptionalTensor expand_mean,
+             OptionalTensor expand_var, OptionalTensor expand_bn_weight,
+             OptionalTensor expand_bn_bias, double expand_eps, int64_t expand_activation,
+             Tensor depthwise_weight, Tensor depthwise_mean, Tensor depthwise_var,
+             OptionalTensor depthwise_bn_weight, OptionalTensor depthwise_bn_bias,
+             double depthwise_eps, int64_t depthwise_activation, int64_t stride,
+             std::vector<int64_t> padding, OptionalTensor reduce_weight, OptionalTensor reduce_bias,
+             OptionalTensor excite_weight, OptionalTensor excite_bias, int64_t se_activation,
+             int64_t gate_activation, Tensor project_weight, Tensor project_mean,
+             Tensor project_var, OptionalTensor project_bn_weight, OptionalTensor project_bn_bias,
+             double project_eps, int64_t project_activation, bool residual, bool) {
   const auto [height, width] =
       depthwise_output_size("mbconv", image, depthwise_weight, stride, padding);
   STD_TORCH_CHECK(project_weight.dim() >= 1, "mbconv: project_weight must be (K, C)");
   const Tensor input = channels_last(image);
   Tensor output = empty_image(input, input.size(0), project_weight.size(0), height, width);
-  if (output.numel() == 0) return output;
+  if (!Prepares && output.numel() == 0) return output;
   STD_TORCH_CHECK(expand_weight.has_value() == (expand_mean && expand_var),
                   "mbconv: expand_weight, expand_mean and expand_var must be given together");
   STD_TORCH_CHECK(reduce_weight.has_value() == excite_weight.has_value(),
@@ -275,13 +293,54 @@ Tensor inference(Tensor image, OptionalTensor expand_weight, OptionalTensor expa
                    {project_weight, project_mean, project_var, project_bn_weight, project_bn_bias,
                     project_eps, project_activation},
                    residual, output);
-  Block(a).run();
-  return output;
+  if constexpr (Prepares) {
+    return prepare(input, a);
+  } else {
+    const MbconvKernels& k = kernels_for(a.dtype);
+    Pieces pieces;
+    const Layout layout(a, k.format, pieces);
+    const Memory packed(pieces.bytes());
+    const MbconvWeights weights = layout.in(packed.get());
+    pack(a, k, weights);
+    Stages stages;
+    stages.push_back(std::make_unique<MbconvStage>(a, weights, pieces.bytes()));
+    run_stages(stages, a.dtype, a.input, a.output, a.shape.batch);
+    return output;
+  }
 }
 
 }  // namespace
+
+std::unique_ptr<Stage> mbconv_stage(const void* packed, const StagePlace& place) {
+  const Prepared& p = *static_cast<const Prepared*>(packed);
+  MbconvInference a = p.arguments;
+  ConvShape& s = a.shape;
+  s.batch = 1;
+  s.in_h = static_cast<int>(place.input.height);
+  s.in_w = static_cast<int>(place.input.width);
+  s.out_h = static_cast<int>(place.output.height);
+  s.out_w = static_cast<int>(place.output.width);
+  s.pad_top = static_cast<int>(place.pad_top);
+  s.pad_left = static_cast<int>(place.pad_left);
+  SqueezeExciteGate& g = a.gate;
+  if (g.reduce_weight != nullptr) {
+    g.pixels = place.output.pixels();
+    g.reduce_weight = at(packed, p.reduce_weight);
+    if (g.reduce_bias != nullptr) g.reduce_bias = at(packed, p.reduce_bias);
+    g.expand_weight = at(packed, p.excite_weight);
+    if (g.expand_bias != nullptr) g.expand_bias = at(packed, p.excite_bias);
+  }
+  // Only read from here on.
+  const MbconvWeights weights = p.layout.in(const_cast<void*>(packed));
+  return std::make_unique<MbconvStage>(a, weights, p.header.bytes);
+}
+
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {
-  m.impl("mbconv", TORCH_BOX(&effnet::inference));
+  m.impl("mbconv", TORCH_BOX(&effnet::block<false>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("mbconv_prepare", TORCH_BOX(&effnet::block<true>));
 }

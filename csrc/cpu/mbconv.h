@@ -37,7 +37,8 @@ struct MbconvWeights {
   void* project;
 };
 
-// F is the accumulate dtype, T the call's.
+// Of one image each: arguments whose input and output are that image's. F is the accumulate dtype,
+// T the call's.
 struct MbconvKernels {
   GemmFormat format;
   // Blocks [begin, end) of expand and depthwise; scratch: 8 * padded_channels F.
@@ -45,9 +46,8 @@ struct MbconvKernels {
                      int64_t end, void* scratch);
   // Panels [begin, end) of project.
   void (*pack_project)(const MbconvInference&, const MbconvWeights&, int64_t begin, int64_t end);
-  // Pixels [begin, end) of image n converted, plan.input_stride apart.
-  void (*convert)(const MbconvInference&, const MbconvPlan&, int64_t n, int64_t begin, int64_t end,
-                  void* to);
+  // Pixels [begin, end) of the image converted, plan.input_stride apart.
+  void (*convert)(const MbconvInference&, const MbconvPlan&, int64_t begin, int64_t end, void* to);
   // Blocks [begin, end) of channels of one image: input (pixels, input_stride) -> depthwise
   // (pixels, C) T, and pooled (C) F unless null. scratch: ring_bytes.
   void (*expand_depthwise)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
@@ -58,9 +58,9 @@ struct MbconvKernels {
   void (*gate_panels)(const MbconvInference&, const MbconvWeights&, const void* gate, int64_t begin,
                       int64_t end, void* to);
   // Pixels [row, row + rows) of depthwise times panels [begin, end) of project, or where it is not
-  // null of `gated`, to image n of the output. gate: (C) F, multiplied into the rows, or null.
+  // null of `gated`, to the output. gate: (C) F, multiplied into the rows, or null.
   // scratch: `rows` rows.
-  void (*project)(const MbconvInference&, const MbconvWeights&, const void* gated, int64_t n,
+  void (*project)(const MbconvInference&, const MbconvWeights&, const void* gated,
                   const void* depthwise, const void* gate, int64_t row, int64_t rows, int64_t begin,
                   int64_t end, void* scratch);
 };

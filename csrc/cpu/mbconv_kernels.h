@@ -55,9 +55,8 @@ void convert_pixels(const MbconvInference& a, const MbconvPlan& p, const T* from
 }
 
 template <class T>
-void convert(const MbconvInference& a, const MbconvPlan& p, int64_t n, int64_t begin, int64_t end,
-             void* to) {
-  const T* from = static_cast<const T*>(a.input) + n * a.shape.in_h * a.shape.in_w * a.in_channels;
+void convert(const MbconvInference& a, const MbconvPlan& p, int64_t begin, int64_t end, void* to) {
+  const T* from = static_cast<const T*>(a.input);
   if (a.expand_weight == nullptr) {
     convert_pixels<typename Simd<T>::Scalar>(a, p, from, begin, end, to);
   } else {
@@ -175,7 +174,7 @@ void gate_panels(const MbconvInference& a, const MbconvWeights& w, const void* g
 }
 
 template <class T>
-void project(const MbconvInference& a, const MbconvWeights& w, const void* gated, int64_t n,
+void project(const MbconvInference& a, const MbconvWeights& w, const void* gated,
              const void* depthwise, const void* gate, int64_t row, int64_t rows, int64_t begin,
              int64_t end, void* scratch) {
   using F = typename Simd<T>::Scalar;
@@ -191,7 +190,7 @@ void project(const MbconvInference& a, const MbconvWeights& w, const void* gated
     convert_rows(static_cast<Value*>(scratch), matrix.depth, input, rows, c, nullptr, nullptr,
                  Activation::identity, static_cast<const F*>(gate));
   }
-  const int64_t offset = (n * a.shape.out_h * a.shape.out_w + row) * a.out_channels;
+  const int64_t offset = row * a.out_channels;
   GemmOutput<T> out{};
   out.to = static_cast<T*>(a.output) + offset;
   out.stride = a.out_channels;

@@ -41,6 +41,26 @@ inline void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Pieces of one piece of memory, each on its own cache lines.
+class Pieces {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t offset = bytes_;
+    bytes_ += ceil_div(bytes, kLine) * kLine;
+    return offset;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  int64_t bytes_ = 0;
+};
+
+inline void* at(void* memory, int64_t offset) { return static_cast<char*>(memory) + offset; }
+inline const void* at(const void* memory, int64_t offset) {
+  return static_cast<const char*>(memory) + offset;
+}
+
 class Memory {
  public:
   explicit Memory(size_t bytes) : data_(::operator new(bytes, std::align_val_t(64))) {}

@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
 #include <tuple>
 
 #include "../checks.h"
@@ -12,6 +15,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
+#include "stage.h"
 
 namespace effnet {
 namespace {
@@ -48,27 +52,99 @@ PointwisePlan make_plan(const PointwiseInference& a, const PointwiseKernels& k) 
   return p;
 }
 
+void pack(const PointwiseInference& a, const PointwiseKernels& k, const PointwisePlan& p,
+          void* matrix) {
+  const int64_t panel_cost = int64_t{a.in_channels} * p.panel * 8;
+  torch::stable::parallel_for(0, p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
+                              [&](int64_t begin, int64_t end) { k.pack(a, begin, end, matrix); });
+}
+
+// All items. sums: as k.multiply() has them.
+void multiply(const PointwiseInference& a, const PointwiseKernels& k, const PointwisePlan& p,
+              const void* matrix, void* sums) {
+  const GemmFormat& f = k.format;
+  const int64_t item_cost = p.block_rows * p.group_panels * p.panel * a.in_channels;
+  torch::stable::parallel_for(
+      0, p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
+        const Memory scratch(p.converted ? p.block_rows * f.depth(a.in_channels) * f.value_bytes
+                                         : 1);
+        k.multiply(a, p, matrix, begin, end, scratch.get(), sums);
+      });
+}
+
 void run(const PointwiseInference& a) {
   const PointwiseKernels& k = kernels_for(a.dtype);
   const PointwisePlan p = make_plan(a, k);
   const GemmFormat& f = k.format;
   ask_for_huge_pages(a.output, a.batch * a.pixels * a.out_channels * element_size(a.dtype));
   const Memory matrix(f.matrix_bytes(a.out_channels, a.in_channels));
-  const int64_t panel_cost = int64_t{a.in_channels} * p.panel * 8;
-  torch::stable::parallel_for(
-      0, p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
-      [&](int64_t begin, int64_t end) { k.pack(a, begin, end, matrix.get()); });
+  pack(a, k, p, matrix.get());
   const Memory sums(a.pooled == nullptr ? 1
                                         : p.slots() * 2 * p.padded_channels * f.accumulate_bytes);
-  const int64_t item_cost = p.block_rows * p.group_panels * p.panel * a.in_channels;
-  torch::stable::parallel_for(
-      0, p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
-        const Memory scratch(p.converted ? p.block_rows * f.depth(a.in_channels) * f.value_bytes
-                                         : 1);
-        k.multiply(a, p, matrix.get(), begin, end, scratch.get(),
-                   a.pooled == nullptr ? nullptr : sums.get());
-      });
+  multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get());
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
+}
+
+class PointwiseStage final : public Stage {
+ public:
+  PointwiseStage(const PointwiseInference& a, const ImageShape& input, const void* matrix,
+                 int64_t weight_bytes)
+      : Stage(input, {a.out_channels, input.height, input.width}, weight_bytes),
+        a_(a),
+        k_(kernels_for(a.dtype)),
+        p_(make_plan(a, k_)),
+        matrix_(matrix) {}
+
+  void run(const void* image, void* result, void*) const override {
+    PointwiseInference a = a_;
+    a.input = image;
+    a.output = result;
+    multiply(a, k_, p_, matrix_, nullptr);
+  }
+
+ private:
+  const PointwiseInference a_;
+  const PointwiseKernels& k_;
+  const PointwisePlan p_;
+  const void* matrix_;
+};
+
+// What pointwise_stage() reads: the arguments, then the weight.
+struct Prepared {
+  StageHeader header;
+  PointwiseInference arguments;
+  int64_t matrix;
+};
+
+// A stage of a prepared network; the image is an example and its extent is nothing.
+Tensor prepare(Tensor image, Tensor weight, Tensor mean, Tensor var, OptionalTensor bn_weight,
+               OptionalTensor bn_bias, double eps, int64_t activation) {
+  const Tensor input = channels_last(image);
+  const Tensor output =
+      empty_image(input, input.size(0), weight.size(0), input.size(2), input.size(3));
+  const PointwiseInference a = check_pointwise_inference(
+      input, weight, mean, var, bn_weight, bn_bias, eps, activation, std::nullopt, std::nullopt, 0,
+      std::nullopt, std::nullopt, false, output, std::nullopt);
+  const PointwiseKernels& k = kernels_for(a.dtype);
+  Prepared p{};
+  Pieces pieces;
+  pieces.add(sizeof(Prepared));
+  p.matrix = pieces.add(k.format.matrix_bytes(a.out_channels, a.in_channels));
+  p.arguments = a;
+  p.header = {StageHeader::kMagic,
+              pieces.bytes(),
+              StageHeader::Kind::pointwise,
+              a.dtype,
+              StageHeader::current_isa(),
+              a.in_channels,
+              a.out_channels,
+              1,
+              1};
+  Tensor packed = empty_bytes(input, pieces.bytes());
+  void* memory = packed.mutable_data_ptr();
+  std::memcpy(memory, &p, sizeof(p));
+  pack(a, k, make_plan(a, k), at(memory, p.matrix));
+  return packed;
 }
 
 // The out-variant: csrc/ops.cpp has its schema.
@@ -106,10 +182,20 @@ std::tuple<Tensor, Tensor> inference(Tensor image, Tensor weight, Tensor mean, T
 }
 
 }  // namespace
+
+std::unique_ptr<Stage> pointwise_stage(const void* packed, const StagePlace& place) {
+  const Prepared& p = *static_cast<const Prepared*>(packed);
+  PointwiseInference a = p.arguments;
+  a.batch = 1;
+  a.pixels = place.input.pixels();
+  return std::make_unique<PointwiseStage>(a, place.input, at(packed, p.matrix), p.header.bytes);
+}
+
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
   m.impl("pointwise_conv_bn_act_out", TORCH_BOX(&effnet::inference_out));
+  m.impl("pointwise_conv_bn_act_prepare", TORCH_BOX(&effnet::prepare));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_kernels, CPU, m) {

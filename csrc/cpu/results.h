@@ -26,6 +26,12 @@ inline torch::stable::Tensor empty_sums(const torch::stable::Tensor& like,
   return torch::stable::empty(size, type, std::nullopt, like.device());
 }
 
+// Bytes, on the device of `like`, not initialised.
+inline torch::stable::Tensor empty_bytes(const torch::stable::Tensor& like, int64_t bytes) {
+  return torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
+                              like.device());
+}
+
 // `t` itself where it is dense channels-last.
 inline torch::stable::Tensor channels_last(const torch::stable::Tensor& t) {
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <tuple>
 
 #include "../checks.h"
@@ -12,6 +13,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "results.h"
+#include "stage.h"
 
 namespace effnet {
 namespace {
@@ -191,10 +193,62 @@ void gate_backward_out(Tensor grad_gate, Tensor pooled, int64_t pixels, Tensor h
                                          grad_expand_bias));
 }
 
+// An image to the mean of its pixels.
+class PoolStage final : public Stage {
+ public:
+  PoolStage(Dtype dtype, const ImageShape& input)
+      : Stage(input, {input.channels, 1, 1}, 0),
+        dtype_(dtype),
+        sums_(scratch_.add(input.channels * element_size(accumulate_dtype(dtype)))) {}
+
+  int64_t scratch_bytes() const override { return scratch_.bytes(); }
+
+  void run(const void* image, void* result, void* scratch) const override {
+    ChannelSums a{};
+    a.dtype = dtype_;
+    a.batch = 1;
+    a.pixels = input.pixels();
+    a.channels = static_cast<int>(input.channels);
+    a.input = image;
+    a.sums = at(scratch, sums_);
+    effnet::run(a);
+    kernels_for(dtype_).means(a.sums, a.channels, a.pixels, result);
+  }
+
+ private:
+  const Dtype dtype_;
+  Pieces scratch_;
+  const int64_t sums_;
+};
+
+// A stage of a prepared network: the mean of the pixels of images like this one.
+Tensor prepare_pool(Tensor image) {
+  const Checks check("average_pool_prepare", "input", image);
+  STD_TORCH_CHECK(image.dim() == 4, "average_pool_prepare: input must be (N, C, H, W)");
+  const int channels = check.integer("input.size(1)", image.size(1), 1, kMaxExtent);
+  const StageHeader header{StageHeader::kMagic,
+                           sizeof(StageHeader),
+                           StageHeader::Kind::pool,
+                           check.dtype(),
+                           StageHeader::current_isa(),
+                           channels,
+                           channels,
+                           1,
+                           1};
+  const Tensor packed = empty_bytes(image, sizeof(header));
+  std::memcpy(packed.mutable_data_ptr(), &header, sizeof(header));
+  return packed;
+}
+
 }  // namespace
+
+std::unique_ptr<Stage> pool_stage(const void* packed, const StagePlace& place) {
+  return std::make_unique<PoolStage>(static_cast<const StageHeader*>(packed)->dtype, place.input);
+}
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("average_pool_prepare", TORCH_BOX(&effnet::prepare_pool));
   m.impl("squeeze_excite_gate_out", TORCH_BOX(&effnet::gate_out));
   m.impl("squeeze_excite_gate_backward_out", TORCH_BOX(&effnet::gate_backward_out));
 }

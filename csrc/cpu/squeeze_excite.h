@@ -13,6 +13,8 @@ namespace effnet {
 struct SqueezeExciteKernels {
   // Items: image * parts + part of its channels. scratch: 2 * channels F.
   void (*sums)(const ChannelSums&, int parts, int64_t begin, int64_t end, void* scratch);
+  // to = sums / pixels, count values. Not an item: all of them.
+  void (*means)(const void* sums, int64_t count, int64_t pixels, void* to);
   // Items: pixels of all images.
   void (*scale)(const ChannelScale&, int64_t begin, int64_t end);
 

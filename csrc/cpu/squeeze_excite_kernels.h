@@ -139,6 +139,18 @@ void sums(const ChannelSums& a, int parts, int64_t begin, int64_t end, void* scr
 }
 
 template <class T>
+void means(const void* from, int64_t count, int64_t pixels, void* to) {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  constexpr int L = S::lanes;
+  const auto factor = S::set(F(1) / static_cast<F>(pixels));
+  for (int64_t i = 0; i < count; i += L) {
+    const int n = lesser(count - i, L);
+    store_n<T>(typed<T>(to) + i, load_n<F>(typed<F>(from) + i, n) * factor, n);
+  }
+}
+
+template <class T>
 void scale(const ChannelScale& a, int64_t begin, int64_t end) {
   using S = Simd<T>;
   using F = typename S::Scalar;
@@ -381,6 +393,7 @@ void reduce_gradients(const SqueezeExciteGateBackward& a, const void* grad_hidde
 template <class T>
 const SqueezeExciteKernels* squeeze_excite_kernels_of() {
   static constexpr SqueezeExciteKernels kernels = {sums<T>,
+                                                   means<T>,
                                                    scale<T>,
                                                    hidden<T>,
                                                    gate<T>,

@@ -1,0 +1,226 @@
+// Networks whose weights were packed beforehand, in one call: images go through all stages, each in
+// one thread's caches, and nothing between two stages is a tensor.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../checks.h"
+#include "../ops.h"
+#include "memory.h"
+#include "results.h"
+#include "stage.h"
+
+namespace effnet {
+namespace {
+
+// Weights that stay in a cache next to an image's tensors. An image goes through as many stages as
+// have no more together; then the thread's other images follow, and the weights of the next stages
+// are read once for all of them.
+constexpr int64_t kSegmentBytes = 1 << 20;
+
+// Stages [first, last).
+struct Segment {
+  size_t first, last;
+};
+
+std::vector<Segment> segments_of(const Stages& stages) {
+  std::vector<Segment> segments;
+  int64_t bytes = 0;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    bytes += stages[i]->weight_bytes;
+    if (segments.empty() || bytes > kSegmentBytes) {
+      segments.push_back({i, i});
+      bytes = stages[i]->weight_bytes;
+    }
+    segments.back().last = i + 1;
+  }
+  return segments;
+}
+
+// The images that one thread takes through all stages.
+class Images {
+ public:
+  Images(const Stages& stages, const std::vector<Segment>& segments, int64_t element, int64_t count)
+      : stages_(stages), segments_(segments), element_(element) {
+    int64_t within = 0, between = 0, scratch = 0;
+    for (const Segment& s : segments) {
+      for (size_t i = s.first; i + 1 < s.last; ++i) within = std::max(within, bytes(*stages[i]));
+      if (s.last < stages.size()) between = std::max(between, bytes(*stages[s.last - 1]));
+    }
+    for (const auto& stage : stages) scratch = std::max(scratch, stage->scratch_bytes());
+    Pieces pieces;
+    for (int64_t& offset : within_) offset = pieces.add(within);
+    for (int64_t& offset : between_) offset = pieces.add(between * count);
+    scratch_ = pieces.add(scratch);
+    memory_ = std::make_unique<Memory>(pieces.bytes());
+  }
+
+  void run(const void* input, void* output, int64_t count) const {
+    const void* from = input;
+    for (size_t k = 0; k < segments_.size(); ++k) {
+      const Segment& s = segments_[k];
+      const bool last = s.last == stages_.size();
+      void* to = last ? output : memory(between_[k % 2]);
+      const int64_t from_bytes = stages_[s.first]->input.values() * element_;
+      const int64_t to_bytes = bytes(*stages_[s.last - 1]);
+      for (int64_t n = 0; n < count; ++n) {
+        const void* x = at(from, n * from_bytes);
+        for (size_t i = s.first; i < s.last; ++i) {
+          void* y = i + 1 == s.last ? at(to, n * to_bytes) : memory(within_[i % 2]);
+          stages_[i]->run(x, y, memory(scratch_));
+          x = y;
+        }
+      }
+      from = to;
+    }
+  }
+
+ private:
+  int64_t bytes(const Stage& stage) const { return stage.output.values() * element_; }
+  void* memory(int64_t offset) const { return at(memory_->get(), offset); }
+
+  const Stages& stages_;
+  const std::vector<Segment>& segments_;
+  const int64_t element_;
+  int64_t within_[2], between_[2], scratch_;
+  std::unique_ptr<Memory> memory_;
+};
+
+}  // namespace
+
+// As many images as there are threads go side by side, each in one thread's caches; those that are
+// left over, and all of a small batch, one after the other with every step cut up for all threads.
+void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch) {
+  const int64_t element = element_size(dtype);
+  const int64_t in_bytes = stages.front()->input.values() * element;
+  const int64_t out_bytes = stages.back()->output.values() * element;
+  const std::vector<Segment> segments = segments_of(stages);
+  const auto run = [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    const Images images(stages, segments, element, end - begin);
+    images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin);
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t together = batch / threads * threads;
+  torch::stable::parallel_for(0, together, 1, run);
+  run(together, batch);
+}
+
+namespace {
+
+constexpr const char* kOp = "prepared_network";
+
+// The stages of `packed` from image `shape` on. padding: (top, left, bottom, right) of each.
+class Network {
+ public:
+  Network(const Tensor& input, const std::vector<Tensor>& packed,
+          const std::vector<int64_t>& padding)
+      : dtype_(Checks(kOp, "input", input).dtype()) {
+    STD_TORCH_CHECK(input.dim() == 4, kOp, ": input must be (N, C, H, W)");
+    STD_TORCH_CHECK(!packed.empty() && padding.size() == 4 * packed.size(), kOp,
+                    ": there must be stages, and padding must be 4 numbers for each");
+    batch_ = input.size(0);
+    ImageShape shape{input.size(1), input.size(2), input.size(3)};
+    bool pooled = false;
+    for (size_t i = 0; i < packed.size(); ++i) {
+      const StageHeader& h = header(packed[i]);
+      STD_TORCH_CHECK(h.in_channels == shape.channels, kOp, ": stage ", i, " takes ", h.in_channels,
+                      " channels, not ", shape.channels);
+      const StagePlace place{shape, output_of(h, shape, &padding[4 * i]), padding[4 * i],
+                             padding[4 * i + 1]};
+      (pooled ? vectors_ : images_).push_back(stage(packed[i].const_data_ptr(), h.kind, place));
+      shape = place.output;
+      if (h.kind == StageHeader::Kind::pool) {  // the images are pixels of one from here on
+        STD_TORCH_CHECK(!pooled, kOp, ": stage ", i, " pools what is pooled");
+        pooled = true;
+        shape.width = std::max<int64_t>(batch_, 1);
+      }
+    }
+    output_ = shape;
+    pooled_ = pooled;
+  }
+
+  Tensor run(const Tensor& input) const {
+    Tensor output =
+        pooled_ ? torch::stable::empty({batch_, output_.channels}, input.scalar_type(),
+                                       std::nullopt, input.device())
+                : empty_image(input, batch_, output_.channels, output_.height, output_.width);
+    if (batch_ == 0) return output;
+    void* to = output.mutable_data_ptr();
+    if (vectors_.empty()) {
+      run_stages(images_, dtype_, input.const_data_ptr(), to, batch_);
+      return output;
+    }
+    const Memory pooled(vectors_.front()->input.values() * element_size(dtype_));
+    run_stages(images_, dtype_, input.const_data_ptr(), pooled.get(), batch_);
+    run_stages(vectors_, dtype_, pooled.get(), to, 1);
+    return output;
+  }
+
+ private:
+  const StageHeader& header(const Tensor& packed) const {
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                        packed.numel() >= static_cast<int64_t>(sizeof(StageHeader)) &&
+                        packed.is_contiguous(),
+                    kOp, ": a stage must be what a prepare op made");
+    const StageHeader& h = *static_cast<const StageHeader*>(packed.const_data_ptr());
+    STD_TORCH_CHECK(h.magic == StageHeader::kMagic && h.bytes == packed.numel(), kOp,
+                    ": a stage must be what a prepare op made");
+    STD_TORCH_CHECK(h.isa == StageHeader::current_isa(), kOp,
+                    ": a stage was prepared for another instruction set");
+    STD_TORCH_CHECK(h.dtype == dtype_, kOp,
+                    ": a stage was prepared for another dtype than input's");
+    return h;
+  }
+
+  static ImageShape output_of(const StageHeader& h, const ImageShape& in, const int64_t* padding) {
+    if (h.kind == StageHeader::Kind::pool) return {h.out_channels, 1, 1};
+    for (int side = 0; side < 4; ++side) {
+      STD_TORCH_CHECK(0 <= padding[side] && padding[side] < h.kernel, kOp, ": padding must be in [",
+                      0, ", ", h.kernel - 1, "], not ", padding[side]);
+    }
+    const int64_t height = in.height + padding[0] + padding[2];
+    const int64_t width = in.width + padding[1] + padding[3];
+    STD_TORCH_CHECK(
+        height >= h.kernel && width >= h.kernel && height <= kMaxExtent && width <= kMaxExtent, kOp,
+        ": input must have ", h.kernel, " to ", kMaxExtent,
+        " rows and columns, padding included, at a stage; it has ", height, " and ", width);
+    return {h.out_channels, (height - h.kernel) / h.stride + 1, (width - h.kernel) / h.stride + 1};
+  }
+
+  static std::unique_ptr<Stage> stage(const void* packed, StageHeader::Kind kind,
+                                      const StagePlace& place) {
+    switch (kind) {
+      case StageHeader::Kind::mbconv:
+        return mbconv_stage(packed, place);
+      case StageHeader::Kind::fused_mbconv:
+        return fused_mbconv_stage(packed, place);
+      case StageHeader::Kind::pointwise:
+        return pointwise_stage(packed, place);
+      case StageHeader::Kind::pool:
+        return pool_stage(packed, place);
+    }
+    STD_TORCH_CHECK(false, kOp, ": a stage is of no known kind");
+  }
+
+  const Dtype dtype_;
+  int64_t batch_;
+  Stages images_, vectors_;
+  ImageShape output_;
+  bool pooled_;
+};
+
+Tensor run_network(Tensor image, std::vector<Tensor> stages, std::vector<int64_t> padding) {
+  const Network network(image, stages, padding);
+  return network.run(channels_last(image));
+}
+
+}  // namespace
+}  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(EFFNET_LIBRARY, CPU, m) {
+  m.impl("prepared_network", TORCH_BOX(&effnet::run_network));
+}
