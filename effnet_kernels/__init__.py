@@ -4,12 +4,13 @@
 >>> model = effnet_kernels.convert(timm.create_model("efficientnet_b0"))
 
 ``effnet_kernels.ops`` holds the ops, ``effnet_kernels.layers`` modules on them, ``convert``,
-``restore`` and ``report`` the drop-in for stock models, ``use_backend`` the choice of kernels.
+``prepare``, ``restore`` and ``report`` the drop-in for stock models, ``use_backend`` the choice of
+kernels.
 """
 
 from effnet_kernels import layers, ops
 from effnet_kernels.backends import set_backend, use_backend
-from effnet_kernels.convert import convert, report, restore
+from effnet_kernels.convert import convert, prepare, report, restore
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "layers",
     "ops",
+    "prepare",
     "report",
     "restore",
     "set_backend",

@@ -1,5 +1,6 @@
-"""The drop-in: ``convert`` makes a stock model run on the fused ops, ``restore`` undoes it, and
-``report`` says block by block what is taken and why the rest is not.
+"""The drop-in: ``convert`` makes a stock model run on the fused ops, ``prepare`` packs its weights
+for inference on the CPU too, ``restore`` undoes both, and ``report`` says block by block what is
+taken and why the rest is not.
 
 >>> model = effnet_kernels.convert(timm.create_model("efficientnet_b0"))
 >>> print(effnet_kernels.report(model))
@@ -12,11 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
 from effnet_kernels import backends
 from effnet_kernels.layers.adapter import Adapter
+from effnet_kernels.layers.prepared import forget_module, prepare_module
 
 # A library's adapters are imported once the library is: only then can a model hold its blocks.
 _ADAPTER_MODULES = {
@@ -143,8 +146,72 @@ def convert(
     return model
 
 
+def prepare(model: nn.Module) -> nn.Module:
+    """Makes a model ready for inference on the CPU: converted, BN folded, weights packed.
+
+    Each block's weights are packed once, into memory of their own, and a timm ``EfficientNet`` or
+    ``MobileNetV3`` or torchvision ``EfficientNet`` runs as one call from image to logits. The model
+    itself stays as ``convert`` leaves it: training, hooks, gradients, autocast, ``torch.compile``
+    and other devices go the way they go without. Weights that change by any means but ``.data`` or
+    an array that shares their memory are packed again at the next call; settings of modules (a
+    stride, an epsilon) are read here, so prepare again after changing one. Copies and pickles of
+    the model are not prepared.
+
+    Args:
+        model: in evaluation mode, its parameters on the CPU.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it is in training mode or on another device, its tensors were made under
+            ``torch.inference_mode``, or no block of it can run on packed weights.
+        RuntimeError: there are no CPU kernels.
+    """
+    _check_module(model)
+    if backends.CPU.missing is not None:
+        raise RuntimeError(f"there are no CPU kernels: {backends.CPU.missing}")
+    if any(module.training for module in model.modules()):
+        raise ValueError("model: got one in training mode, expected evaluation mode: model.eval()")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"model: got {name} on {tensor.device}, expected the CPU, whose kernels read "
+                "packed weights; on another device convert is all there is to do"
+            )
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: got {name} made under torch.inference_mode, expected tensors whose "
+                "changes can be seen"
+            )
+    convert(model)
+    prepared = 0
+    adapters = {**_adapters(), **_networks()}
+    blocks = {module for _, module in _blocks(model)}
+    # Blocks before the models that are made of them.
+    for module in reversed(list(model.modules())):
+        adapter = adapters.get(type(module))
+        if module not in blocks and type(module) not in _networks():
+            continue
+        if adapter is None or adapter.stages is None or adapter.refusal(module) is not None:
+            continue
+        if prepare_module(module, adapter.stages):
+            module.__class__ = adapter.fused
+            prepared += 1
+        else:
+            forget_module(module)
+    if not prepared:
+        raise ValueError(
+            f"model: got a {type(model).__name__} without a block that could run on packed "
+            "weights: effnet_kernels.report(model) says why"
+        )
+    return model
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Gives every converted block of ``model`` its stock class back, in place.
+    """Gives every converted block of ``model`` its stock class back, in place, and lets go of the
+    weights that ``prepare`` packed.
 
     Returns:
         ``model``.
@@ -157,6 +224,11 @@ def restore(model: nn.Module) -> nn.Module:
         adapter = _adapters().get(type(block))
         if adapter is not None:
             block.__class__ = adapter.stock
+    for module in model.modules():
+        forget_module(module)
+        network = _networks().get(type(module))
+        if network is not None:
+            module.__class__ = network.stock
     return model
 
 
@@ -179,14 +251,19 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
 
 
-def _adapters() -> dict[type[nn.Module], Adapter]:
+def _adapters(table: str = "ADAPTERS") -> dict[type[nn.Module], Adapter]:
     """The adapters of the libraries that are imported, by stock and by fused class."""
     adapters = {}
     for library, module in _ADAPTER_MODULES.items():
         if library in sys.modules:
-            for adapter in importlib.import_module(module).ADAPTERS:
+            for adapter in getattr(importlib.import_module(module), table):
                 adapters[adapter.stock] = adapters[adapter.fused] = adapter
     return adapters
+
+
+def _networks() -> dict[type[nn.Module], Adapter]:
+    """Likewise of the models that are nothing but their parts until they are prepared."""
+    return _adapters("NETWORKS")
 
 
 def _stock_name(cls: type) -> str | None:

@@ -37,7 +37,7 @@ def onnx_file(model: nn.Module, images: Tensor) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():  # the exporter through TorchScript needs no further package
         warnings.simplefilter("ignore")
-        torch.onnx.export(model.eval(), (images,), file, dynamo=False)
+        torch.onnx.export(model.eval(), (images,), file, dynamo=False)  # type: ignore[arg-type]
     return file.getvalue()
 
 

@@ -12,6 +12,7 @@ from effnet_kernels.activations import activation_code
 from effnet_kernels.layers.block import Excite, Stage, drawn_sample_scale, update
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import fused_mbconv, fused_mbconv_train
+from effnet_kernels.ops.prepared import PreparedStage, prepare_fused_mbconv
 
 
 class FusedBlock(NamedTuple):
@@ -35,6 +36,20 @@ class FusedBlock(NamedTuple):
         """The BNs, in the order that they run in."""
         project = () if self.project is None else (self.project.norm,)
         return (self.expand.norm, *project)
+
+    def prepared(self) -> PreparedStage | None:
+        """The block in inference with its weights packed, or None where it has
+        squeeze-and-excitation, with which it is not one kernel.
+        """
+        if self.excite is not None:
+            return None
+        return prepare_fused_mbconv(
+            self.expand.arguments(),
+            None if self.project is None else self.project.arguments(),
+            self.expand.conv.stride[0],
+            self.padding,
+            residual=self.residual,
+        )
 
 
 def run_fused_mbconv(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from effnet_kernels.layers.block import Excite, Stage, update
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import mbconv, mbconv_train
+from effnet_kernels.ops.prepared import PreparedStage, prepare_mbconv
 
 
 class Block(NamedTuple):
@@ -36,6 +37,18 @@ class Block(NamedTuple):
         """The BNs, in the order that they run in."""
         expand = () if self.expand is None else (self.expand.norm,)
         return (*expand, self.depthwise.norm, self.project.norm)
+
+    def prepared(self) -> PreparedStage:
+        """The block in inference with its weights packed."""
+        return prepare_mbconv(
+            None if self.expand is None else self.expand.arguments(),
+            self.depthwise.arguments(),
+            None if self.excite is None else self.excite.arguments(),
+            self.project.arguments(),
+            self.depthwise.conv.stride[0],
+            self.padding,
+            residual=self.residual,
+        )
 
 
 def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | None]) -> Tensor:

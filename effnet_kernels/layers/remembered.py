@@ -18,7 +18,7 @@ from torch import nn
 _M = TypeVar("_M", bound=nn.Module)
 _T = TypeVar("_T")
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _values = dict.values
 
 
@@ -39,7 +39,7 @@ class _State:
         self._tensor_dicts: list[Any] = [
             m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")
         ]
-        self._hooks = [m.__dict__[name] for m in below for name in _HOOKS]
+        self._hooks = [m.__dict__[name] for m in below for name in HOOKS]
         self._children = self._present_children()
         self._tensors = self._present_tensors()
 

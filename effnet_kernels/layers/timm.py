@@ -12,12 +12,14 @@ which in inference are the first op's prologue.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import BatchNormAct2d, DropPath, Linear, SelectAdaptivePool2d
 from timm.layers import activations as timm_act
 from timm.layers import activations_me as timm_act_me
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.layers.conv2d_same import Conv2dSame
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
@@ -27,6 +29,7 @@ from timm.models._efficientnet_blocks import (
     SqueezeExcite,
 )
 from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from effnet_kernels.layers.adapter import Adapter
@@ -46,9 +49,17 @@ from effnet_kernels.layers.eligibility import (
 )
 from effnet_kernels.layers.fused_mbconv import FusedBlock, run_fused_mbconv
 from effnet_kernels.layers.mbconv import Block, run_mbconv
+from effnet_kernels.layers.prepared import prepared_network, stages_of
 from effnet_kernels.layers.remembered import remembered
 from effnet_kernels.layers.running_statistics import normalises_by_batch, updates_together
 from effnet_kernels.ops import Prologue, pointwise_conv_bn_act, squeeze_excite
+from effnet_kernels.ops.prepared import (
+    PreparedStage,
+    prepare_average_pool,
+    prepare_fused_mbconv,
+    prepare_linear,
+    prepare_pointwise_conv_bn_act,
+)
 from effnet_kernels.ops.prologue import affine
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
@@ -71,6 +82,8 @@ class FusedInvertedResidual(InvertedResidual):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
+        if (network := prepared_network(self, x)) is not None:
+            return network(x)
         refused = call_refusal(_OP, x) is not None
         if not refused and (whole := remembered(self, _whole_inverted_residual)) is not None:
             return run_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
@@ -100,6 +113,8 @@ class FusedDepthwiseSeparableConv(DepthwiseSeparableConv):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
+        if (network := prepared_network(self, x)) is not None:
+            return network(x)
         refused = call_refusal(_OP, x) is not None
         if not refused and (whole := remembered(self, _whole_depthwise_separable)) is not None:
             return run_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
@@ -123,6 +138,8 @@ class FusedEdgeResidual(EdgeResidual):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
+        if (network := prepared_network(self, x)) is not None:
+            return network(x)
         refused = call_refusal("fused_mbconv", x) is not None
         if not refused and (whole := remembered(self, _whole_edge_residual)) is not None:
             return run_fused_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
@@ -137,6 +154,8 @@ class FusedConvBnAct(ConvBnAct):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
+        if (network := prepared_network(self, x)) is not None:
+            return network(x)
         refused = call_refusal("batch_norm_act", x) is not None
         if not refused and (whole := remembered(self, _whole_conv_bn_act)) is not None:
             return run_fused_mbconv(x, whole, lambda: _sample_scale(self.drop_path, x))
@@ -146,8 +165,9 @@ class FusedConvBnAct(ConvBnAct):  # type: ignore[misc]
         bn, activation = self.bn1, _ACTIVATIONS[type(self.bn1.act)]
         shortcut = x if self.has_skip else None
         scale = _sample_scale(self.drop_path, x) if self.has_skip else None
-        pointwise = pointwise_conv_refusal("conv", self.conv) is None and self.conv.bias is None
-        if pointwise and not (torch.is_grad_enabled() or normalises_by_batch(bn) or self.has_skip):
+        if _is_pointwise(self) and not (
+            torch.is_grad_enabled() or normalises_by_batch(bn) or self.has_skip
+        ):
             return pointwise_conv_bn_act(
                 x, self.conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
                 activation,
@@ -174,8 +194,18 @@ class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
     inference, and whose running statistics are updated together in training.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of x, (N, C, H, W)."""
+        network = prepared_network(self, x)
+        if network is not None and network.pools:
+            return network(x)
+        output: Tensor = super().forward(x)
+        return output
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The features of x, (N, C, H, W), before the pool."""
+        if (network := prepared_network(self, x)) is not None:
+            return network.features(x)
         norm = self.bn2
         if (
             torch.is_grad_enabled()
@@ -199,6 +229,25 @@ class FusedEfficientNet(EfficientNet):  # type: ignore[misc]
         ).output  # fmt: skip
 
 
+class PreparedMobileNetV3(MobileNetV3):  # type: ignore[misc]
+    """``MobileNetV3`` that runs on packed weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of x, (N, C, H, W)."""
+        network = prepared_network(self, x)
+        if network is not None and network.pools:
+            return network(x)
+        output: Tensor = super().forward(x)
+        return output
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The features of x, (N, C, H, W), before the pool."""
+        if (network := prepared_network(self, x)) is not None:
+            return network.features(x)
+        output: Tensor = super().forward_features(x)
+        return output
+
+
 def head_refusal(model: EfficientNet) -> str | None:
     """Why the op cannot stand in for the head's convolution and BN, or None."""
     conv, norm = model.conv_head, model.bn2
@@ -210,7 +259,7 @@ def head_refusal(model: EfficientNet) -> str | None:
     return _end_norm_refusal("bn2", norm)
 
 
-def stem_refusal(model: EfficientNet) -> str | None:
+def stem_refusal(model: EfficientNet | MobileNetV3) -> str | None:
     """Why the op cannot stand in for the stem's convolution and BN in inference, or None."""
     conv, norm = model.conv_stem, model.bn1
     reason = _dense_refusal("conv_stem", conv) or _end_norm_refusal("bn1", norm)
@@ -224,6 +273,11 @@ def _end_norm_refusal(name: str, norm: BatchNormAct2d) -> str | None:
     if type(norm) is not FusedBatchNormAct2d and type(norm) is not BatchNormAct2d:
         return f"{name} is a {type(norm).__name__}, not a BatchNormAct2d"
     return named_refusal(name, norm) or _act_refusal(name, norm)
+
+
+def _is_pointwise(block: ConvBnAct) -> bool:
+    """Whether the convolution of ``block`` is a product with a matrix."""
+    return pointwise_conv_refusal("conv", block.conv) is None and block.conv.bias is None
 
 
 def conv_bn_act_refusal(block: ConvBnAct) -> str | None:
@@ -457,19 +511,132 @@ def _depthwise_squeeze_excite(
     )  # fmt: skip
 
 
+def _stages_by(
+    find: Callable[[Any], Block | FusedBlock | None],
+) -> Callable[[Any], Sequence[PreparedStage] | None]:
+    """What packs the blocks that ``find`` knows as a whole."""
+
+    def stages(block: Any) -> Sequence[PreparedStage] | None:
+        whole = find(block)
+        if whole is None or normalises_by_batch(whole.norms()[0]):
+            return None
+        stage = whole.prepared()
+        return None if stage is None else [stage]
+
+    return stages
+
+
+def _conv_bn_act_stages(block: ConvBnAct) -> Sequence[PreparedStage] | None:
+    """``block`` with its weights packed, or None where it is not one op."""
+    if not _is_pointwise(block):
+        return _stages_by(_whole_conv_bn_act)(block)
+    if conv_bn_act_refusal(block) or normalises_by_batch(block.bn1) or block.has_skip:
+        return None
+    return [prepare_pointwise_conv_bn_act(_stage(block.conv, block.bn1).arguments())]
+
+
+def _features_stages(model: EfficientNet | MobileNetV3) -> list[PreparedStage] | None:
+    """The stem and the blocks of ``model``, which are prepared, or None."""
+    if stem_refusal(model) is not None or type(model.blocks) is not nn.Sequential:
+        return None
+    stem = _stage(model.conv_stem, model.bn1)
+    stages = [
+        prepare_fused_mbconv(stem.arguments(), None, stem.conv.stride[0], _padding(stem.conv))
+    ]
+    for group in model.blocks:
+        if type(group) is not nn.Sequential:
+            return None
+        for block in group:
+            found = stages_of(block)
+            if found is None:
+                return None
+            stages += found
+    return stages
+
+
+def _efficientnet_stages(model: EfficientNet) -> Sequence[PreparedStage] | None:
+    """``model`` up to its logits; up to its features where the rest is not the usual."""
+    stages = _features_stages(model)
+    if stages is None or head_refusal(model) is not None or normalises_by_batch(model.bn2):
+        return None
+    head = _stage(model.conv_head, model.bn2).arguments()
+    stages.append(prepare_pointwise_conv_bn_act(head))
+    pool, classifier = model.global_pool, _classifier_stages(model.classifier)
+    if classifier is None or not _averages(pool) or not _flattens(pool):
+        return stages
+    return [*stages, prepare_average_pool(head.weight.shape[0], head.weight.dtype), *classifier]
+
+
+def _mobilenetv3_stages(model: MobileNetV3) -> Sequence[PreparedStage] | None:
+    """As ``_efficientnet_stages``; the convolution of the head comes after the pool."""
+    stages = _features_stages(model)
+    conv, classifier = model.conv_head, _classifier_stages(model.classifier)
+    usual = (
+        _averages(model.global_pool)
+        and pointwise_conv_refusal("conv_head", conv) is None
+        and type(model.norm_head) is nn.Identity
+        and type(model.act2) in _ACTIVATIONS
+        and type(model.flatten) is nn.Flatten
+    )
+    if stages is None or classifier is None or not usual:
+        return stages
+    head = prepare_linear(conv.weight, conv.bias, _ACTIVATIONS[type(model.act2)])
+    return [*stages, prepare_average_pool(head.in_channels, head.dtype), head, *classifier]
+
+
+def _classifier_stages(classifier: nn.Module) -> list[PreparedStage] | None:
+    """What ``classifier`` does to vectors, or None where that is not known."""
+    if type(classifier) is nn.Identity:
+        return []
+    if type(classifier) in (nn.Linear, Linear):
+        return [prepare_linear(classifier.weight, classifier.bias)]  # type: ignore[arg-type]
+    return None
+
+
+def _averages(pool: Any) -> bool:
+    """Whether ``pool`` is the mean of all pixels."""
+    if type(pool) is not SelectAdaptivePool2d:
+        return False
+    mean = pool.pool
+    return type(mean) is FastAdaptiveAvgPool or (
+        type(mean) is nn.AdaptiveAvgPool2d and mean.output_size in (1, (1, 1))
+    )
+
+
+def _flattens(pool: Any) -> bool:
+    """Whether ``pool``, which averages, gives vectors."""
+    return getattr(pool.pool, "flatten", False) is True or type(pool.flatten) is nn.Flatten
+
+
+def network_refusal(model: MobileNetV3) -> str | None:
+    """Why the blocks of ``model`` cannot be one network, or None."""
+    return stem_refusal(model)
+
+
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         InvertedResidual,
         FusedInvertedResidual,
         lambda block: depthwise_refusal(block.conv_dw, "bn2", block.bn2),
+        _stages_by(_whole_inverted_residual),
     ),
     Adapter(
         DepthwiseSeparableConv,
         FusedDepthwiseSeparableConv,
         lambda block: depthwise_refusal(block.conv_dw, "bn1", block.bn1),
+        _stages_by(_whole_depthwise_separable),
     ),
-    Adapter(EdgeResidual, FusedEdgeResidual, edge_residual_refusal),
-    Adapter(ConvBnAct, FusedConvBnAct, conv_bn_act_refusal),
+    Adapter(
+        EdgeResidual,
+        FusedEdgeResidual,
+        edge_residual_refusal,
+        _stages_by(_whole_edge_residual),
+    ),
+    Adapter(ConvBnAct, FusedConvBnAct, conv_bn_act_refusal, _conv_bn_act_stages),
     Adapter(BatchNormAct2d, FusedBatchNormAct2d, norm_refusal),
-    Adapter(EfficientNet, FusedEfficientNet, head_refusal),
+    Adapter(EfficientNet, FusedEfficientNet, head_refusal, _efficientnet_stages),
 )
+NETWORKS: tuple[Adapter, ...] = (
+    Adapter(MobileNetV3, PreparedMobileNetV3, network_refusal, _mobilenetv3_stages),
+)
+"""Models of which nothing but their blocks is fused until they are prepared."""

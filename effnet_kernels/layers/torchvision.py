@@ -7,10 +7,11 @@ their stages in a ``Sequential``: ``MBConv`` (expand,) depthwise, squeeze-and-ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models.efficientnet import FusedMBConv, MBConv
+from torchvision.models.efficientnet import EfficientNet, FusedMBConv, MBConv
 from torchvision.ops.misc import Conv2dNormActivation, SqueezeExcitation
 from torchvision.ops.stochastic_depth import StochasticDepth
 
@@ -30,8 +31,16 @@ from effnet_kernels.layers.eligibility import (
 )
 from effnet_kernels.layers.fused_mbconv import FusedBlock, run_fused_mbconv
 from effnet_kernels.layers.mbconv import Block, run_mbconv
+from effnet_kernels.layers.prepared import prepared_network, stages_of
 from effnet_kernels.layers.remembered import remembered
+from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import squeeze_excite
+from effnet_kernels.ops.prepared import (
+    PreparedStage,
+    prepare_average_pool,
+    prepare_linear,
+    prepare_pointwise_conv_bn_act,
+)
 from effnet_kernels.ops.squeeze_excite import GATES, HIDDEN_ACTIVATIONS
 
 _OP = "mbconv"
@@ -42,6 +51,8 @@ class FusedTorchvisionMBConv(MBConv):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """The block of input, (N, C, H, W)."""
+        if (network := prepared_network(self, input)) is not None:
+            return network(input)
         refused = call_refusal(_OP, input) is not None
         if not refused and (whole := remembered(self, _whole)) is not None:
             return run_mbconv(input, whole, lambda: _sample_scale(self.stochastic_depth, input))
@@ -66,6 +77,8 @@ class FusedTorchvisionFusedMBConv(FusedMBConv):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """The block of input, (N, C, H, W)."""
+        if (network := prepared_network(self, input)) is not None:
+            return network(input)
         refused = call_refusal("fused_mbconv", input) is not None
         if not refused and (whole := remembered(self, _whole_fused)) is not None:
             drop = self.stochastic_depth
@@ -81,6 +94,8 @@ class FusedConv2dNormActivation(Conv2dNormActivation):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolution, BN and activation of input, (N, C, H, W)."""
+        if (network := prepared_network(self, input)) is not None:
+            return network(input)
         if call_refusal("batch_norm_act", input) is not None or conv_norm_refusal(self) is not None:
             output: Tensor = super().forward(input)
             return output
@@ -89,6 +104,18 @@ class FusedConv2dNormActivation(Conv2dNormActivation):  # type: ignore[misc]
             block = FusedBlock(stage, None, None, conv_padding(stage.conv), residual=False)
             return run_fused_mbconv(input, block, lambda: None)
         return run_batch_norm_act(stage.conv(input), stage.norm, stage.activation)
+
+
+class PreparedTorchvisionEfficientNet(EfficientNet):  # type: ignore[misc]
+    """``EfficientNet`` that runs on packed weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of x, (N, C, H, W)."""
+        network = prepared_network(self, x)
+        if network is not None and network.pools:
+            return network(x)
+        output: Tensor = super().forward(x)
+        return output
 
 
 def conv_norm_refusal(stage: Any) -> str | None:
@@ -251,8 +278,58 @@ def _squeeze_excite_refusal(name: str, se: Any) -> str | None:
     return named_refusal(f"{name}.avgpool", se.avgpool) or named_refusal(name, se)
 
 
+def _block_stages(block: Any) -> Sequence[PreparedStage] | None:
+    """``block`` with its weights packed, or None where it is not one op."""
+    whole = _whole(block) if isinstance(block, MBConv) else _whole_fused(block)
+    if whole is None or normalises_by_batch(whole.norms()[0]):
+        return None
+    stage = whole.prepared()
+    return None if stage is None else [stage]
+
+
+def _conv_norm_stages(module: Any) -> Sequence[PreparedStage] | None:
+    """A stem's or a head's convolution with its BN and activation, or None."""
+    if conv_norm_refusal(module) is not None or normalises_by_batch(module[1]):
+        return None
+    stage = _stage(module)
+    if dense_conv_refusal("0", stage.conv) is None:
+        block = FusedBlock(stage, None, None, conv_padding(stage.conv), residual=False)
+        whole = block.prepared()
+        return None if whole is None else [whole]
+    if pointwise_conv_refusal("0", stage.conv) is None and stage.conv.bias is None:
+        return [prepare_pointwise_conv_bn_act(stage.arguments())]
+    return None
+
+
+def _network_stages(model: EfficientNet) -> Sequence[PreparedStage] | None:
+    """``model`` up to its logits, or None where a part is not the usual or not prepared."""
+    modules: list[nn.Module] = []
+    for child in model.features:
+        modules += child if type(child) is nn.Sequential else [child]
+    stages: list[PreparedStage] = []
+    for module in modules:
+        found = stages_of(module)
+        if found is None:
+            return None
+        stages += found
+    pool, classifier = model.avgpool, list(model.classifier)
+    if (
+        type(model.features) is not nn.Sequential
+        or type(pool) is not nn.AdaptiveAvgPool2d
+        or pool.output_size not in (1, (1, 1))
+        or [type(part) for part in classifier] != [nn.Dropout, nn.Linear]
+    ):
+        return None
+    linear = prepare_linear(classifier[1].weight, classifier[1].bias)
+    return [*stages, prepare_average_pool(linear.in_channels, linear.dtype), linear]
+
+
 ADAPTERS: tuple[Adapter, ...] = (
-    Adapter(MBConv, FusedTorchvisionMBConv, refusal),
-    Adapter(FusedMBConv, FusedTorchvisionFusedMBConv, fused_refusal),
-    Adapter(Conv2dNormActivation, FusedConv2dNormActivation, conv_norm_refusal),
+    Adapter(MBConv, FusedTorchvisionMBConv, refusal, _block_stages),
+    Adapter(FusedMBConv, FusedTorchvisionFusedMBConv, fused_refusal, _block_stages),
+    Adapter(Conv2dNormActivation, FusedConv2dNormActivation, conv_norm_refusal, _conv_norm_stages),
 )
+NETWORKS: tuple[Adapter, ...] = (
+    Adapter(EfficientNet, PreparedTorchvisionEfficientNet, lambda model: None, _network_stages),
+)
+"""Models of which nothing but their parts is fused until they are prepared."""
