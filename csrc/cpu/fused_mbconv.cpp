@@ -75,10 +75,10 @@ void pack(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbconvPl
 
 // All bands of a.shape.batch images. sums: as k.run() has them.
 void run_bands(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbconvPlan& p,
-               const FusedMbconvWeights& weights, void* sums) {
+               const FusedMbconvWeights& weights, void* sums, Team& team) {
   const ConvShape& s = a.shape;
   const GemmFormat& f = k.format;
-  torch::stable::parallel_for(0, s.batch * p.bands, 1, [&](int64_t begin, int64_t end) {
+  team.share(s.batch * p.bands, 1, [&](int64_t begin, int64_t end) {
     const Memory band(p.in_rows * p.row() * f.value_bytes);
     const Memory expanded(int64_t{p.band_rows} * s.out_w * p.expanded * f.value_bytes + 1);
     k.run(a, p, weights, begin, end, band.get(), expanded.get(), sums);
@@ -98,12 +98,12 @@ class FusedMbconvStage final : public Stage {
         weights_(weights),
         residual_(residual) {}
 
-  void run(const void* image, void* result, void*) const override {
+  void run(const void* image, void* result, void*, Team& team) const override {
     FusedMbconv a = a_;
     a.input = image;
     a.output = result;
     a.residual = residual_ ? image : nullptr;
-    run_bands(a, k_, p_, weights_, nullptr);
+    run_bands(a, k_, p_, weights_, nullptr, team);
   }
 
  private:
@@ -191,7 +191,9 @@ void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tenso
   pack(a, k, p, weights);
   const int64_t row = 2 * p.padded_channels * k.format.accumulate_bytes;
   const Memory sums(a.pooled == nullptr ? 1 : s.batch * p.bands * row);
-  run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get());
+  Team::run([&](Team& team) {
+    run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get(), team);
+  });
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 

@@ -138,19 +138,19 @@ class MbconvStage final : public Stage {
 
   int64_t scratch_bytes() const override { return scratch_.bytes(); }
 
-  void run(const void* image, void* result, void* scratch) const override {
+  void run(const void* image, void* result, void* scratch, Team& team) const override {
     MbconvInference a = a_;
     a.input = image;
     a.output = result;
     if (p_.converted) {
-      parallel(a.shape.in_h, [&](int64_t begin, int64_t end) {
+      team.share(a.shape.in_h, 1, [&](int64_t begin, int64_t end) {
         k_.convert(a, p_, begin * a.shape.in_w, end * a.shape.in_w, at(scratch, converted_));
       });
       image = at(scratch, converted_);
     }
     void* depthwise = at(scratch, depthwise_);
     void* pooled = gated() ? at(scratch, pooled_) : nullptr;
-    parallel(p_.depthwise.blocks, [&](int64_t begin, int64_t end) {
+    team.divide(p_.depthwise.blocks, 1, [&](int64_t begin, int64_t end) {
       const Memory ring(k_.ring_bytes(a, p_));
       k_.expand_depthwise(a, p_, weights_, image, begin, end, ring.get(), depthwise, pooled);
     });
@@ -159,10 +159,10 @@ class MbconvStage final : public Stage {
       a.gate.pooled = pooled;
       a.gate.hidden = at(scratch, hidden_);
       a.gate.gate = at(scratch, gate_);
-      squeeze_excite_gate(a.gate);
+      squeeze_excite_gate(a.gate, team);
       gate = a.gate.gate;
       if (p_.gate_weights) {
-        parallel(p_.project_panels, [&](int64_t begin, int64_t end) {
+        team.share(p_.project_panels, 1, [&](int64_t begin, int64_t end) {
           k_.gate_panels(a, weights_, a.gate.gate, begin, end, at(scratch, panels_));
         });
         gated_panels = at(scratch, panels_);
@@ -173,7 +173,7 @@ class MbconvStage final : public Stage {
     const int64_t pixels = output.pixels();
     const int64_t row_blocks = ceil_div(pixels, p_.project_rows);
     const int64_t groups = std::clamp<int64_t>(kProjectItems / row_blocks, 1, p_.project_panels);
-    parallel(row_blocks * groups, [&](int64_t begin, int64_t end) {
+    team.share(row_blocks * groups, 1, [&](int64_t begin, int64_t end) {
       const GemmFormat& f = k_.format;
       const Memory rows(p_.project_rows * f.depth(a.shape.channels) * f.value_bytes);
       while (begin < end) {
@@ -190,11 +190,6 @@ class MbconvStage final : public Stage {
   }
 
  private:
-  template <class Body>
-  static void parallel(int64_t count, const Body& body) {
-    torch::stable::parallel_for(0, count, 1, body);
-  }
-
   bool gated() const { return a_.gate.reduce_weight != nullptr; }
 
   const MbconvInference a_;

@@ -61,15 +61,13 @@ void pack(const PointwiseInference& a, const PointwiseKernels& k, const Pointwis
 
 // All items. sums: as k.multiply() has them.
 void multiply(const PointwiseInference& a, const PointwiseKernels& k, const PointwisePlan& p,
-              const void* matrix, void* sums) {
+              const void* matrix, void* sums, Team& team) {
   const GemmFormat& f = k.format;
   const int64_t item_cost = p.block_rows * p.group_panels * p.panel * a.in_channels;
-  torch::stable::parallel_for(
-      0, p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
-        const Memory scratch(p.converted ? p.block_rows * f.depth(a.in_channels) * f.value_bytes
-                                         : 1);
-        k.multiply(a, p, matrix, begin, end, scratch.get(), sums);
-      });
+  team.share(p.items(), std::max<int64_t>(kGrain / item_cost, 1), [&](int64_t begin, int64_t end) {
+    const Memory scratch(p.converted ? p.block_rows * f.depth(a.in_channels) * f.value_bytes : 1);
+    k.multiply(a, p, matrix, begin, end, scratch.get(), sums);
+  });
 }
 
 void run(const PointwiseInference& a) {
@@ -81,7 +79,9 @@ void run(const PointwiseInference& a) {
   pack(a, k, p, matrix.get());
   const Memory sums(a.pooled == nullptr ? 1
                                         : p.slots() * 2 * p.padded_channels * f.accumulate_bytes);
-  multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get());
+  Team::run([&](Team& team) {
+    multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get(), team);
+  });
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 
@@ -95,11 +95,11 @@ class PointwiseStage final : public Stage {
         p_(make_plan(a, k_)),
         matrix_(matrix) {}
 
-  void run(const void* image, void* result, void*) const override {
+  void run(const void* image, void* result, void*, Team& team) const override {
     PointwiseInference a = a_;
     a.input = image;
     a.output = result;
-    multiply(a, k_, p_, matrix_, nullptr);
+    multiply(a, k_, p_, matrix_, nullptr, team);
   }
 
  private:

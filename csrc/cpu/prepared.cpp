@@ -58,7 +58,7 @@ class Images {
     memory_ = std::make_unique<Memory>(pieces.bytes());
   }
 
-  void run(const void* input, void* output, int64_t count) const {
+  void run(const void* input, void* output, int64_t count, Team& team) const {
     const void* from = input;
     for (size_t k = 0; k < segments_.size(); ++k) {
       const Segment& s = segments_[k];
@@ -70,7 +70,7 @@ class Images {
         const void* x = at(from, n * from_bytes);
         for (size_t i = s.first; i < s.last; ++i) {
           void* y = i + 1 == s.last ? at(to, n * to_bytes) : memory(within_[i % 2]);
-          stages_[i]->run(x, y, memory(scratch_));
+          stages_[i]->run(x, y, memory(scratch_), team);
           x = y;
         }
       }
@@ -92,21 +92,30 @@ class Images {
 }  // namespace
 
 // As many images as there are threads go side by side, each in one thread's caches; those that are
-// left over, and all of a small batch, one after the other with every step cut up for all threads.
+// left over, and all of a small batch, one after the other with every step divided.
 void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch) {
   const int64_t element = element_size(dtype);
   const int64_t in_bytes = stages.front()->input.values() * element;
   const int64_t out_bytes = stages.back()->output.values() * element;
   const std::vector<Segment> segments = segments_of(stages);
-  const auto run = [&](int64_t begin, int64_t end) {
-    if (begin == end) return;
+  const auto run = [&](int64_t begin, int64_t end, Team& team) {
     const Images images(stages, segments, element, end - begin);
-    images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin);
+    images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin, team);
   };
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t together = batch / threads * threads;
-  torch::stable::parallel_for(0, together, 1, run);
-  run(together, batch);
+  Team::run([&](Team& team) {
+    const int64_t together = batch / team.threads() * team.threads();
+    const int64_t chunk = ceil_div(batch, 2 * team.threads());
+    if (team.threads() == 1) {
+      run(0, batch, team);
+      return;
+    }
+    team.divide(together, std::min(chunk, together / team.threads()),
+                [&](int64_t begin, int64_t end) {
+                  Team alone;
+                  run(begin, end, alone);
+                });
+    if (together < batch) run(together, batch, team);
+  });
 }
 
 namespace {

@@ -14,6 +14,7 @@
 #include "memory.h"
 #include "results.h"
 #include "stage.h"
+#include "team.h"
 
 namespace effnet {
 namespace {
@@ -26,23 +27,30 @@ constexpr int64_t kGrain = 1 << 15;
 // Parts of the work there should be, if an image alone has to make them.
 constexpr int64_t kParts = 16;
 
+// Items that cost `each` and are worth a thread.
+int64_t grain(int64_t each) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(each, 1)); }
+
 // body(begin, end) on `count` items that cost `each`.
 template <class Body>
 void parallel(int64_t count, int64_t each, const Body& body) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(each, 1)),
-                              body);
+  torch::stable::parallel_for(0, count, grain(each), body);
 }
 
-void run(const ChannelSums& a) {
+void run(const ChannelSums& a, Team& team) {
   const auto& k = kernels_for(a.dtype);
   const int64_t size = element_size(accumulate_dtype(a.dtype));
   // A part is a whole number of cache lines of any dtype.
   const auto parts =
       static_cast<int>(std::clamp<int64_t>(kParts / a.batch, 1, ceil_div(a.channels, 64)));
-  parallel(a.batch * parts, a.pixels * a.channels / parts, [&](int64_t begin, int64_t end) {
-    const Memory scratch(2 * (a.channels + 64) * size);
-    k.sums(a, parts, begin, end, scratch.get());
-  });
+  team.share(a.batch * parts, grain(a.pixels * a.channels / parts),
+             [&](int64_t begin, int64_t end) {
+               const Memory scratch(2 * (a.channels + 64) * size);
+               k.sums(a, parts, begin, end, scratch.get());
+             });
+}
+
+void run(const ChannelSums& a) {
+  Team::run([&](Team& team) { run(a, team); });
 }
 
 void run(const ChannelScale& a) {
@@ -66,20 +74,24 @@ void excite(const Gate& a, void* excited) {
 
 }  // namespace
 
-void squeeze_excite_gate(const SqueezeExciteGate& a) {
+void squeeze_excite_gate(const SqueezeExciteGate& a, Team& team) {
   const auto& k = kernels_for(a.weight_dtype);
-  parallel(a.squeezed, a.batch * a.channels,
-           [&](int64_t begin, int64_t end) { k.hidden(a, begin, end); });
+  team.share(a.squeezed, grain(a.batch * a.channels),
+             [&](int64_t begin, int64_t end) { k.hidden(a, begin, end); });
   const Memory excited(hidden_bytes(a));
   excite(a, excited.get());
-  parallel(ceil_div(a.channels, kGateBlock), (a.batch + 1) * a.squeezed * kGateBlock,
-           [&](int64_t begin, int64_t end) {
-             const Memory scratch(kGateBlock * a.squeezed * element_size(a.accumulate));
-             k.gate(a, excited.get(), begin, end, scratch.get());
-           });
+  team.share(ceil_div(a.channels, kGateBlock), grain((a.batch + 1) * a.squeezed * kGateBlock),
+             [&](int64_t begin, int64_t end) {
+               const Memory scratch(kGateBlock * a.squeezed * element_size(a.accumulate));
+               k.gate(a, excited.get(), begin, end, scratch.get());
+             });
 }
 
 namespace {
+
+void run(const SqueezeExciteGate& a) {
+  Team::run([&](Team& team) { squeeze_excite_gate(a, team); });
+}
 
 void run(const SqueezeExciteGateBackward& a) {
   const auto& k = kernels_for(a.weight_dtype);
@@ -118,9 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor image, OptionalTensor 
   Tensor hidden = empty_sums(input, {n, reduce_weight.size(0)}), gate = empty_sums(input, {n, c});
   if (output.numel() > 0) {
     if (!pooled) run(check_channel_sums(input, std::nullopt, sums));
-    squeeze_excite_gate(check_squeeze_excite_gate(pooled ? *pooled : sums, pixels, reduce_weight,
-                                                  reduce_bias, expand_weight, expand_bias,
-                                                  activation, gate_activation, hidden, gate));
+    run(check_squeeze_excite_gate(pooled ? *pooled : sums, pixels, reduce_weight, reduce_bias,
+                                  expand_weight, expand_bias, activation, gate_activation, hidden,
+                                  gate));
     run(check_channel_scale(input, gate, std::nullopt, output));
   }
   return {output, sums, hidden, gate};
@@ -134,9 +146,8 @@ std::tuple<Tensor, Tensor> gate_alone(Tensor pooled, int64_t pixels, Tensor redu
   Tensor gate = empty_sums(pooled, {pooled.size(0), pooled.size(1)});
   Tensor hidden = empty_sums(pooled, {pooled.size(0), reduce_weight.size(0)});
   if (pooled.numel() > 0) {
-    squeeze_excite_gate(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias,
-                                                  expand_weight, expand_bias, activation,
-                                                  gate_activation, hidden, gate));
+    run(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias, expand_weight,
+                                  expand_bias, activation, gate_activation, hidden, gate));
   }
   return {gate, hidden};
 }
@@ -177,9 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 void gate_out(Tensor pooled, int64_t pixels, Tensor reduce_weight, OptionalTensor reduce_bias,
               Tensor expand_weight, OptionalTensor expand_bias, int64_t activation,
               int64_t gate_activation, Tensor hidden, Tensor gate) {
-  squeeze_excite_gate(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias,
-                                                expand_weight, expand_bias, activation,
-                                                gate_activation, hidden, gate));
+  run(check_squeeze_excite_gate(pooled, pixels, reduce_weight, reduce_bias, expand_weight,
+                                expand_bias, activation, gate_activation, hidden, gate));
 }
 
 void gate_backward_out(Tensor grad_gate, Tensor pooled, int64_t pixels, Tensor hidden, Tensor gate,
@@ -203,7 +213,7 @@ class PoolStage final : public Stage {
 
   int64_t scratch_bytes() const override { return scratch_.bytes(); }
 
-  void run(const void* image, void* result, void* scratch) const override {
+  void run(const void* image, void* result, void* scratch, Team& team) const override {
     ChannelSums a{};
     a.dtype = dtype_;
     a.batch = 1;
@@ -211,7 +221,7 @@ class PoolStage final : public Stage {
     a.channels = static_cast<int>(input.channels);
     a.input = image;
     a.sums = at(scratch, sums_);
-    effnet::run(a);
+    effnet::run(a, team);
     kernels_for(dtype_).means(a.sums, a.channels, a.pixels, result);
   }
 

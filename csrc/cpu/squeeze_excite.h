@@ -41,8 +41,9 @@ struct SqueezeExciteKernels {
 
 constexpr int kGateBlock = 64;
 
-// The gate, on PyTorch's threads (squeeze_excite.cpp).
-void squeeze_excite_gate(const SqueezeExciteGate&);
+// The gate (squeeze_excite.cpp).
+class Team;
+void squeeze_excite_gate(const SqueezeExciteGate&, Team&);
 
 namespace avx512bf16 {
 const SqueezeExciteKernels* squeeze_excite_kernels(Dtype);

@@ -9,6 +9,7 @@
 #include "gemm_format.h"
 #include "isa.h"
 #include "memory.h"
+#include "team.h"
 
 namespace effnet {
 
@@ -32,9 +33,8 @@ class Stage {
 
   // What run() needs besides.
   virtual int64_t scratch_bytes() const { return 0; }
-  // One image, dense channels-last. The steps are cut up for PyTorch's threads; called on one of
-  // them, it takes all steps itself.
-  virtual void run(const void* input, void* output, void* scratch) const = 0;
+  // One image, dense channels-last. The steps are divided among the team.
+  virtual void run(const void* input, void* output, void* scratch, Team& team) const = 0;
 };
 
 using Stages = std::vector<std::unique_ptr<Stage>>;
