@@ -1,13 +1,14 @@
-"""Other engines for whole models on a CPU: ONNX Runtime and OpenVINO, from one ONNX file.
+"""Other engines for whole models on a CPU: ONNX Runtime and OpenVINO, from the same ONNX file.
 
-Both get the model as PyTorch exports it, NCHW and with float32 weights, as many threads as PyTorch
-has, one call at a time, and settings that their documentation gives for that; what they do to
-layouts, constants and BN is their own business, and done before anything is timed.
+Both get the stock model as PyTorch exports it, with as many threads as PyTorch has, one call at a
+time and the settings that their documentation gives for that. What they do to layouts, constants
+and BN is their own business, and done before anything is timed.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import warnings
 from collections.abc import Callable
@@ -18,16 +19,23 @@ from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
 
+_PRECISIONS = {
+    torch.float32: ("f32", "FP32"),
+    torch.bfloat16: ("bf16", "BF16"),
+    torch.float16: ("f16", "FP16"),
+}
+"""OpenVINO's names of a dtype: as a precision to compute in, and as a capability of a device."""
+
 
 class UnavailableError(RuntimeError):
-    """The engine is not installed, or does not have what is asked for."""
+    """The engine is not installed, or does not do what is asked for."""
 
 
 def onnx_file(model: nn.Module, images: Tensor) -> bytes:
-    """``model`` in evaluation mode as an ONNX file for inputs of just this shape.
+    """``model`` in evaluation mode as an ONNX file, for images of just this shape.
 
     Args:
-        model: a stock model with float32 parameters.
+        model: a stock model with float32 parameters; left in evaluation mode.
         images: (N, C, H, W) float32.
 
     Raises:
@@ -35,27 +43,32 @@ def onnx_file(model: nn.Module, images: Tensor) -> bytes:
     """
     _package("onnx")
     file = io.BytesIO()
-    with warnings.catch_warnings():  # the exporter through TorchScript needs no further package
+    with warnings.catch_warnings():
+        # It is deprecated, and warns of every shape that becomes a constant; the other exporter
+        # needs one more package and writes the same convolutions.
         warnings.simplefilter("ignore")
-        torch.onnx.export(model.eval(), (images,), file, dynamo=False)  # type: ignore[arg-type]
+        export: Any = torch.onnx.export  # annotated as if it took paths only
+        export(model.eval(), (images,), file, dynamo=False)
     return file.getvalue()
 
 
 def onnxruntime_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Forward:
-    """ONNX Runtime's CPU provider, all graph optimisations on.
+    """ONNX Runtime's CPU provider with all its graph optimisations; see ``ENGINES``.
 
     Raises:
-        UnavailableError: it is not installed, or ``dtype`` is not float32, for which alone its CPU
-            provider has convolutions.
+        UnavailableError: it is not installed, or ``dtype`` is not float32: the provider would
+            convert 16-bit tensors and run the convolutions in float32 all the same.
     """
     ort = _package("onnxruntime")
     if dtype != torch.float32:
-        raise UnavailableError(f"its CPU provider has no convolution in {dtype}")
+        raise UnavailableError(f"ONNX Runtime's CPU provider has no convolution in {dtype}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors
+    # Its threads spin inside a call, but not on into the next contender's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(
         onnx_file(model, images), options, providers=["CPUExecutionProvider"]
     )
@@ -68,33 +81,42 @@ def onnxruntime_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) ->
 
 
 def openvino_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Forward:
-    """OpenVINO's CPU plugin, one stream set for latency, computing in ``dtype``.
+    """OpenVINO's CPU plugin, one stream, set for latency, computing in ``dtype``; see ``ENGINES``.
 
     Raises:
-        UnavailableError: it is not installed, or does not compute in ``dtype`` on this CPU.
+        UnavailableError: it is not installed, does not compute in ``dtype`` on this CPU, or takes
+            another number of threads than PyTorch.
     """
-    ov = _package("openvino")
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    hint = hints[dtype]
-    core = ov.Core()
-    if dtype != torch.float32:
-        offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if hint.upper().replace("F16", "FP16").replace("BFP16", "BF16") not in offered:
-            raise UnavailableError(f"it does not compute in {hint} on this CPU")
+    openvino = _package("openvino")
+    precision, capability = _PRECISIONS[dtype]
+    threads = torch.get_num_threads()
+    core = openvino.Core()
+    if capability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UnavailableError(f"OpenVINO does not compute in {precision} on this CPU")
     compiled = core.compile_model(
         core.read_model(io.BytesIO(onnx_file(model, images))),
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": str(threads),
+            # For latency it would leave out the second thread of a core, which PyTorch counts.
+            "ENABLE_HYPER_THREADING": "YES",
+            "INFERENCE_PRECISION_HINT": precision,
         },
     )
+    # Hints are not promises: what the plugin cannot do it replaces without a word.
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != precision:
+        raise UnavailableError(f"OpenVINO computes in {taken} where {precision} is asked for")
+    running = compiled.get_property("INFERENCE_NUM_THREADS")
+    if running != threads:
+        raise UnavailableError(f"OpenVINO runs {running} threads where {threads} are asked for")
     request = compiled.create_infer_request()
 
     def forward(batch: Tensor) -> Tensor:
         request.infer([batch.numpy()], share_inputs=True)
+        # The request owns the result, and the next call overwrites it.
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
     return forward
@@ -104,32 +126,39 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Forward]] = {
     "onnxruntime": onnxruntime_forward,
     "openvino": openvino_forward,
 }
-"""By the contender's name: what makes a forward from a stock float32 model, images of the shape
-that it will be called with, and the dtype to compute in. The images that the forward takes are
-float32, NCHW.
+"""By the contender's name: what makes a forward from a stock model with float32 parameters, images
+(N, C, H, W) float32 of the shape that it will be called with, and the dtype to compute in: float32,
+float16 or bfloat16. The forward takes contiguous float32 images and returns float32 logits.
 """
 
 
-def lazy_forward(name: str, model: nn.Module, images: Tensor, dtype: torch.dtype) -> Forward:
-    """``ENGINES[name]``'s forward, which is made in the first call."""
-    # In float32 however the contenders compute: the engines round the weights themselves.
+def lazy_forward(name: str, model: nn.Module, dtype: torch.dtype) -> Forward:
+    """``ENGINES[name]``'s forward, made in the first call and for that call's shape of images.
+
+    Args:
+        name: of ``ENGINES``.
+        model: a stock model on the CPU, which stays as it is. Its parameters are given to the
+            engine in float32, and are those of ``dtype`` if they are so here.
+        dtype: to compute in: float32, float16 or bfloat16.
+
+    Raises:
+        UnavailableError: in the first call, where the engine cannot.
+    """
     template = copy.deepcopy(model).float()
     made: list[Forward] = []
 
     def forward(batch: Tensor) -> Tensor:
         if not made:
-            made.append(ENGINES[name](template, images.float().contiguous(), dtype))
+            made.append(ENGINES[name](template, batch, dtype))
         return made[0](batch)
 
     return forward
 
 
 def _package(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ImportError as error:
         raise UnavailableError(
-            f"the package {name} is not installed: pip install 'effnet_kernels[peers]'"
+            f"{name} does not import ({error}); pip install 'effnet_kernels[peers]' brings it"
         ) from None

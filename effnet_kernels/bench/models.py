@@ -1,4 +1,6 @@
-"""timm's models, stock and converted, beside ``torch.compile``: inference and training steps."""
+"""timm's models, stock and converted, beside ``torch.compile`` and, on a CPU, other engines:
+inference and training steps.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import effnet_kernels
-from effnet_kernels.bench import environment, peers, timing
+from effnet_kernels.bench import engines, environment, peers, timing
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
 from effnet_kernels.bench.timing import Contender
@@ -21,7 +24,10 @@ from effnet_kernels.bench.timing import Contender
 NAME = "models-efficientnet"
 MODES = ("inference", "training")
 """A forward pass in evaluation mode; forward, cross-entropy and backward in training mode."""
-PEERS = (BASELINE, "eager-nchw", *peers.COMPILED)
+PEERS = (BASELINE, "eager-nchw", *peers.COMPILED, "compile-unfrozen", *engines.ENGINES)
+"""``compile`` freezes the parameters in inference on a CPU, ``compile-unfrozen`` does not; that one
+and the other engines run in nothing else.
+"""
 MODELS = (
     "efficientnet_b0@224", "efficientnet_b4@380", "tf_efficientnetv2_s@300", "efficientnetv2_s@384",
 )  # fmt: skip
@@ -86,6 +92,40 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor]) -> None:
         norm.momentum = momentum
 
 
+def flops(model: nn.Module, problem: Problem) -> int:
+    """FLOPs of the convolutions and matrix products in one call of a problem.
+
+    In training that is three times those forward, but for the gradient by the images, which nobody
+    asks for.
+
+    Args:
+        model: a stock model, which stays as it is; nothing is computed, it is traced on the meta
+            device.
+        problem: says the images' extents and whether there is a backward pass.
+    """
+    traced = copy.deepcopy(model).to("meta").train(problem.training)
+    images = torch.empty(
+        problem.batch, 3, problem.resolution, problem.resolution, device="meta"
+    ).to(next(traced.parameters()).dtype)
+    # PyTorch's own formula takes a grouped convolution's weight gradient for a dense one's.
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.set_grad_enabled(problem.training), counter:
+        logits = traced(images)
+        if problem.training:
+            torch.autograd.grad(logits.sum(), list(traced.parameters()))
+    return int(counter.get_total_flops())
+
+
+def _convolution_backward_flops(
+    grad_output: list[int], input: list[int], weight: list[int], bias: Any, stride: Any,
+    padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
+    output_mask: list[bool], out_shape: Any,
+) -> int:  # fmt: skip
+    """The shapes' FLOPs: each gradient that is asked for has the forward convolution's."""
+    return sum(output_mask[:2]) * conv_flop_count(input, weight, grad_output, transposed)
+
+
 @dataclass
 class Inputs:
     """One set: images, and classes for training."""
@@ -131,7 +171,8 @@ def match(
         problem: what to run.
         device: where.
         only: contenders: of ``PEERS``, a backend's name, or a backend's name and ``+compile``; all
-            that can run unless given. The baseline is always among them.
+            that can run unless given. The baseline is always among them. An engine that is not
+            installed, or cannot compute in the problem's dtype, is a failed row.
         cold: prepare enough sets of images for cold caches.
     """
     stock = create(problem.model)
@@ -174,9 +215,10 @@ def match_on(
     def wanted(name: str) -> bool:
         return only is None or name in only or name == BASELINE
 
+    inference_on_cpu = device.type == "cpu" and not problem.training
+
     def compile_of(model: nn.Module, mode: str) -> Any:
-        freezing = device.type == "cpu" and not problem.training
-        return peers.compiled(model, mode, freezing=freezing)
+        return peers.compiled(model, mode, freezing=inference_on_cpu)
 
     contenders = [Contender(BASELINE, caller(fresh()), channels_last)]
     if wanted("eager-nchw"):
@@ -187,6 +229,17 @@ def match_on(
             model = fresh()
             call = caller(model, compile_of(model, mode))
             contenders.append(Contender(name, call, channels_last))
+    if inference_on_cpu and wanted("compile-unfrozen"):
+        model = fresh()
+        forward = peers.compiled(model, "default", freezing=False)
+        contenders.append(Contender("compile-unfrozen", caller(model, forward), channels_last))
+    for name in engines.ENGINES:
+        if inference_on_cpu and wanted(name):
+            model = fresh(torch.contiguous_format)
+            forward = engines.lazy_forward(name, model, problem.dtype)
+            # Float32, whatever the engine computes in, but the same numbers that the others get.
+            own = [inputs.to(lambda t: t.to(torch.float32, copy=True)) for inputs in nchw]
+            contenders.append(Contender(name, caller(model, forward), own, allocates=False))
     for backend in peers.our_backends(device, problem.dtype):
         if wanted(backend):
             model = effnet_kernels.convert(fresh())
@@ -212,7 +265,7 @@ def match_on(
         exact = named(exact_call(base.to(Tensor.double)))
     row = Row(
         problem.model, f"{problem.resolution}x{problem.resolution}", problem.batch,
-        str(problem.dtype).removeprefix("torch."), problem.mode, "",
+        str(problem.dtype).removeprefix("torch."), problem.mode, "", flops=flops(stock, problem),
     )  # fmt: skip
     return Match(row, contenders, named, exact, device, problem.dtype, problem.training)
 

@@ -40,6 +40,11 @@ def our_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [*names, AUTO] if len(names) > 1 else names
 
 
+def is_ours(contender: str) -> bool:
+    """Whether a contender is one of ``our_backends``, with or without a ``+`` and what follows."""
+    return contender.split("+")[0] in (*backends.KERNEL_BACKENDS, AUTO)
+
+
 def demand(contender: str) -> None:
     """Makes one of ``our_backends`` run every call from now on."""
     backends.set_backend(None if contender == AUTO else contender)
@@ -135,7 +140,8 @@ class Match:
             call()
             tensors = self.named(call())
             row.errors = {n: accuracy.errors(t, self.exact[n]) for n, t in tensors.items()}
-            row.peak_memory = timing.peak_memory(call, self.device)
+            if contender.allocates:
+                row.peak_memory = timing.peak_memory(call, self.device)
         except Exception as error:  # a peer's failure is a result, and no reason to lose the rest
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             row.failed = f"{type(error).__name__}: {reason}"[:300]

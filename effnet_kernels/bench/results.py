@@ -34,7 +34,7 @@ class Row:
         timings: by ``warm`` and ``cold``.
         speedups: the baseline's median over this one's, likewise; empty where the row is wrong.
         bytes: the least bytes that an implementation of the op reads and writes.
-        flops: arithmetic of the convolutions.
+        flops: arithmetic of the convolutions and matrix products.
         peak_memory: bytes held at a time during one call.
         failed: why the contender did not run, or None.
     """
@@ -60,12 +60,20 @@ class Row:
         """Whether the contender ran, and its error exceeds the rule."""
         return self.failed is None and not self.excess <= 1
 
-    def to_json(self, copy_bandwidth: float, least_seconds: float | None) -> dict[str, Any]:
+    @property
+    def kind(self) -> str | None:
+        """The kind of timing to show where there is room for one; None without any."""
+        return "warm" if "warm" in self.timings else next(iter(self.timings), None)
+
+    def to_json(
+        self, copy_bandwidth: float, least_seconds: float | None, matmul_seconds: float | None
+    ) -> dict[str, Any]:
         """The row as JSON's types; numbers that JSON has no word for are null.
 
         Args:
             copy_bandwidth: see ``Results``.
             least_seconds: see ``Results``.
+            matmul_seconds: see ``Results``.
         """
         return {
             "model": self.model,
@@ -93,6 +101,9 @@ class Row:
                     "roofline_share": None
                     if least_seconds is None
                     else _number(least_seconds / timing.median),
+                    "matmul_share": None
+                    if matmul_seconds is None
+                    else _number(matmul_seconds / timing.median),
                     "method": timing.method,
                     "samples": [_number(s) for s in timing.samples],
                 }
@@ -192,19 +203,29 @@ class Results:
         """Bytes a second."""
         return float(self.ceilings["copy_bytes_per_second"])
 
-    def least_seconds(self, row: Row) -> float | None:
-        """The roofline: the longer of a row's bytes at the copy bandwidth and its FLOPs at the rate
-        of matrix products; None where it has no bytes.
+    @property
+    def whole_models(self) -> bool:
+        """Whether a call is a model on a batch of images, and not one op."""
+        return self.benchmark.startswith("models")
+
+    def matmul_seconds(self, row: Row) -> float | None:
+        """The measured GEMM limit: a row's FLOPs at the rate of matrix products; None where either
+        is not known.
 
         The rate is float32's where that of the row's dtype is lower, as on CPUs without
         instructions for it: the operands can be converted.
         """
-        if row.bytes is None:
-            return None
         rates = self.ceilings["matmul_flops_per_second"]
         found = [rates[dtype] for dtype in (row.dtype, "float32") if dtype in rates]
-        arithmetic = (row.flops or 0) / max(found) if found else 0.0
-        return max(row.bytes / self.copy_bandwidth, arithmetic)
+        return None if row.flops is None or not found else row.flops / max(found)
+
+    def least_seconds(self, row: Row) -> float | None:
+        """The roofline: the longer of a row's bytes at the copy bandwidth and ``matmul_seconds``;
+        None where it has no bytes.
+        """
+        if row.bytes is None:
+            return None
+        return max(row.bytes / self.copy_bandwidth, self.matmul_seconds(row) or 0.0)
 
     def write(self, path: Path) -> None:
         """Writes the JSON, one row a line, making the directory."""
@@ -223,7 +244,9 @@ class Results:
             ],
         }
         lines = [
-            json.dumps(row.to_json(self.copy_bandwidth, self.least_seconds(row)))
+            json.dumps(
+                row.to_json(self.copy_bandwidth, self.least_seconds(row), self.matmul_seconds(row))
+            )
             for row in self.rows
         ]
         text = json.dumps(head, indent=1).removesuffix("\n}")

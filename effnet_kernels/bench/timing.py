@@ -67,11 +67,14 @@ class Contender:
         name: what the results call it.
         call: takes one set of inputs; what it returns is kept until the next call is through.
         inputs: sets of inputs, alike in everything but their memory.
+        allocates: whether its memory is of PyTorch's allocator; what another engine holds is not
+            known.
     """
 
     name: str
     call: Call
     inputs: Sequence[Any]
+    allocates: bool = True
 
 
 def sets_for_cold(bytes_a_call: int, cache_bytes: int, memory_bytes: int) -> int:
