@@ -37,6 +37,7 @@ examples:
   effnet-kernels bench mbconv --batch 1 8 --modes inference
   effnet-kernels bench fused_mbconv --models efficientnetv2_s@384 --only compile folded cpu
   effnet-kernels bench models --models efficientnet_b0@224 --modes inference --batch 1 8 --out runs
+  effnet-kernels bench models --modes inference --device cpu --only onnxruntime openvino cpu
 """
 
 SUITES = (

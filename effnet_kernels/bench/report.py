@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from effnet_kernels.bench import peers
 from effnet_kernels.bench.results import BASELINE, Group, Results, Row, groups
 
 _PLOT_COLUMNS = 2
@@ -80,7 +81,8 @@ def print_rows(results: Results, console: Any) -> None:
     """One table a model, batch, dtype and mode: every contender on every problem.
 
     The spread is the distance of the quartiles over the median; "of limit" the op's least time by
-    the roofline as a share of the time; "of rule" the error as a share of what the rule allows.
+    the roofline as a share of the time; "of GEMM" the same of the FLOPs of a whole model at the
+    measured rate of matrix products; "of rule" the error as a share of what the rule allows.
     """
     table_of = extra("rich.table").Table
     keys = list(dict.fromkeys((r.model, r.batch, r.dtype, r.mode) for r in results.rows))
@@ -98,9 +100,11 @@ def print_rows(results: Results, console: Any) -> None:
             table.add_column(kind, justify="right", no_wrap=True)
             table.add_column("spread", justify="right", no_wrap=True)
             table.add_column("speed-up", justify="right", no_wrap=True)
-        limited = rows[0].bytes is not None
+        limit = results.matmul_seconds if results.whole_models else results.least_seconds
+        limited = limit(rows[0]) is not None
         if limited:
-            table.add_column("of limit", justify="right")
+            heading = "of GEMM" if results.whole_models else "of limit"
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("peak MB", justify="right")
         table.add_column("error", justify="right")
         table.add_column("of rule", justify="right")
@@ -121,7 +125,7 @@ def print_rows(results: Results, console: Any) -> None:
                 ]
             if limited:
                 last = row.timings.get(kinds[-1]) if kinds else None
-                least = results.least_seconds(row)
+                least = limit(row)
                 share = "-"
                 if last is not None and least is not None:
                     share = f"{least / last.median:.0%}"
@@ -158,13 +162,18 @@ def print_groups(results: Results, console: Any) -> None:
         table.add_row(*cells)
     console.print(table)
     described = results.environment
+    versions = ", ".join(
+        f"{name} {described[name]}"
+        for name in ("torch", "triton", "onnxruntime", "openvino")
+        if described.get(name) is not None
+    )
     rates = ", ".join(
         f"{dtype} {rate / 1e12:.3g} TFLOP/s"
         for dtype, rate in results.ceilings["matmul_flops_per_second"].items()
     )
     console.print(
-        f"{described['device']}, {described['threads']} CPU threads, torch {described['torch']}, "
-        f"triton {described['triton']}; copy {results.copy_bandwidth / 1e9:.4g} GB/s; "
+        f"{described['device']}, {described['threads']} CPU threads, {versions}; "
+        f"copy {results.copy_bandwidth / 1e9:.4g} GB/s; "
         f"matmul {rates}; commit {(described['commit'] or 'unknown')[:12]}"
         f"{' with changes' if described['uncommitted_changes'] else ''}",
         highlight=False,
@@ -182,7 +191,9 @@ def _group_cells(group: Group, kind: str) -> list[str]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Bars of the speed-up over the baseline, one panel a group; wrong and failed rows are marked.
+    """Bars, one panel a group: an op's speed-ups over the baseline, a model's images a second.
+
+    Wrong and failed rows are marked, and have no bar.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -190,6 +201,57 @@ def plot(results: Results, path: Path) -> None:
     matplotlib = extra("matplotlib")
     matplotlib.use("Agg")
     pyplot = extra("matplotlib.pyplot")
+    figure = (_plot_rates if results.whole_models else _plot_speedups)(results, pyplot)
+    described = results.environment
+    kinds = list(dict.fromkeys(kind for row in results.rows for kind in row.timings))
+    figure.suptitle(
+        f"{described['device']}, torch {described['torch']}"
+        + (f", {kinds[-1]} caches" if kinds and not results.whole_models else ""),
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _plot_rates(results: Results, pyplot: Any) -> Any:
+    keys = list(dict.fromkeys((r.model, r.case, r.batch, r.dtype, r.mode) for r in results.rows))
+    of_key = {
+        key: [r for r in results.rows if (r.model, r.case, r.batch, r.dtype, r.mode) == key]
+        for key in keys
+    }
+    columns = min(_PLOT_COLUMNS, len(keys))
+    lines = -(-len(keys) // columns)
+    bars = max(len(rows) for rows in of_key.values())
+    figure, panels = pyplot.subplots(
+        lines, columns, figsize=(7.5 * columns, (0.27 * bars + 0.9) * lines + 0.4), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, (key, rows) in zip(panels.flat, of_key.items(), strict=False):
+        for place, row in enumerate(rows):
+            rate, words = 0.0, "WRONG" if row.wrong else "failed"
+            if row.speedups and row.kind is not None:
+                rate = row.batch / row.timings[row.kind].median
+                words = f"{rate:.3g}, {row.speedups[row.kind]:.2f}x"
+            panel.barh(place, rate, 0.75, color="C0" if peers.is_ours(row.contender) else "C7")
+            panel.annotate(
+                f" {words}", (rate, place), va="center", fontsize=8,
+                color="C3" if row.wrong else "black",
+            )  # fmt: skip
+        panel.set_yticks(range(len(rows)), [row.contender for row in rows], fontsize=8)
+        panel.invert_yaxis()
+        panel.margins(x=0.2)  # for the words beside the longest bar
+        panel.set_xlim(left=0)
+        panel.tick_params(axis="x", labelsize=8)
+        model, case, batch, dtype, mode = key
+        panel.set_title(f"{model} at {case}, batch {batch}, {dtype}, {mode}", fontsize=9)
+        panel.set_xlabel(f"images/s, and the speed-up over {BASELINE}", fontsize=8)
+    for panel in list(panels.flat)[len(keys) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _plot_speedups(results: Results, pyplot: Any) -> Any:
     keys = list(dict.fromkeys((r.model, r.batch, r.dtype, r.mode) for r in results.rows))
     contenders = list(
         dict.fromkeys(r.contender for r in results.rows if r.contender != BASELINE)
@@ -228,13 +290,4 @@ def plot(results: Results, path: Path) -> None:
     for panel in list(panels.flat)[len(keys) :]:
         panel.set_visible(False)
     panels.flat[0].legend(fontsize=7)
-    described = results.environment
-    kinds = list(dict.fromkeys(kind for row in results.rows for kind in row.timings))
-    figure.suptitle(
-        f"{described['device']}, torch {described['torch']}"
-        + (f", {kinds[-1]} caches" if kinds else ""),
-        fontsize=10,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return figure
