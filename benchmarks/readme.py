@@ -1,8 +1,10 @@
-"""Draws the README's table from the committed results: ``python benchmarks/readme.py [--check]``.
+"""Draws the README's table and performance.md from the committed results:
+``python benchmarks/readme.py [--check]``.
 
-One line a group of the kernel benchmark (geometric mean of the speed-ups over eager channels-last,
-and the smallest) and one a model run, for every device under benchmarks/results. ``--check`` writes
-nothing and fails where the README is not what the results say.
+In the README one line a group of the kernel benchmark (geometric mean of the speed-ups over eager
+channels-last, and the smallest) and one a model run, for every device under benchmarks/results; in
+performance.md every contender of the whole models. ``--check`` writes nothing and fails where one
+of them is not what the results say.
 """
 
 from __future__ import annotations
@@ -10,12 +12,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from effnet_kernels.bench.results import Group, Results, groups, read
+from effnet_kernels.bench import peers
+from effnet_kernels.bench.results import Group, Results, Row, groups, read
 
 ROOT = Path(__file__).parent.parent
-OURS = ("auto", "cuda", "triton", "cpu")
+RESULTS = ROOT / "benchmarks/results"
+OURS = ("auto", "cuda", "triton", "cpu", "cpu+prepared")
+"""What a user of ours has; not what ``torch.compile`` makes of it."""
+PEERS = {
+    "`torch.compile`": ("compile", "compile-unfrozen"),
+    "ONNX Runtime": ("onnxruntime",),
+    "OpenVINO": ("openvino",),
+}
+"""The README's columns, each of the fastest of its contenders."""
 _MARKS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 _WHAT = {
     "kernels-mbconv": "{model}'s MBConv blocks",
@@ -28,61 +40,238 @@ _WHAT = {
 }
 
 
-def cell(group: Group | None) -> str:
-    """A contender's speed-up; never one for wrong or failed rows."""
-    if group is None:
+def runs_of_devices(directory: Path) -> Iterator[list[Results]]:
+    """The results of each device that has some, from ``<device>/*.json``."""
+    for device in sorted(path for path in directory.iterdir() if path.is_dir()):
+        runs = [read(path) for path in sorted(device.glob("*.json"))]
+        runs = [run for run in runs if run.benchmark in _WHAT]
+        if runs:
+            yield runs
+
+
+def cell(found: Iterable[Group]) -> str:
+    """The speed-up of the fastest of some contenders; never one for wrong or failed rows."""
+    every = list(found)
+    if not every:
         return "-"
-    if group.wrong or group.failed:
-        return "wrong" if group.wrong else "failed"
-    kind = "warm" if "warm" in group.speedups else next(iter(group.speedups))
-    if group.problems == 1:
-        return f"{group.speedups[kind]:.2f}x"
-    return f"{group.speedups[kind]:.2f}x ({group.least[kind]:.2f}x)"
+    kind = "warm" if any("warm" in group.speedups for group in every) else "cold"
+    right = [group for group in every if kind in group.speedups]
+    if not right:
+        return "wrong" if any(group.wrong for group in every) else "failed"
+    best = max(right, key=lambda group: group.speedups[kind])
+    if best.problems == 1:
+        return f"{best.speedups[kind]:.2f}x"
+    return f"{best.speedups[kind]:.2f}x ({best.least[kind]:.2f}x)"
 
 
-def table(results: Results, ours: list[str]) -> list[str]:
-    """The lines of one benchmark, with a column for each of our backends in ``ours``."""
-    found = list(groups(results.rows))
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """Of the rows that are neither wrong nor failed."""
+    right = [row for row in rows if row.speedups]
+    return min(right, key=_seconds, default=None)
+
+
+def _seconds(row: Row) -> float:
+    assert row.kind is not None
+    return row.timings[row.kind].median
+
+
+def matmul_share(run: Results, row: Row | None) -> str:
+    """How much of the rate of matrix products a row has, as a cell."""
+    least = None if row is None else run.matmul_seconds(row)
+    return "-" if row is None or least is None else f"{least / _seconds(row):.0%}"
+
+
+def table(
+    run: Results, columns: Sequence[Sequence[str]], ours: Sequence[str], share: bool
+) -> list[str]:
+    """The lines of one benchmark.
+
+    Args:
+        run: the benchmark.
+        columns: the contenders of each of the peers' columns.
+        ours: our backends, with a column each.
+        share: whether there is a column for the share of the rate of matrix products.
+    """
+    found = groups(run.rows)
     lines = []
     for key in dict.fromkeys((g.model, g.batch, g.dtype, g.mode) for g in found):
-        here = {g.contender: g for g in found if (g.model, g.batch, g.dtype, g.mode) == key}
-        if not any(name in here for name in ours):
+        here = [g for g in found if (g.model, g.batch, g.dtype, g.mode) == key]
+        if not any(g.contender in ours for g in here):
             continue
         model, batch, dtype, mode = key
-        what = _WHAT[results.benchmark].format(model=model)
-        cells = [cell(here.get("compile")), *(f"**{cell(here.get(name))}**" for name in ours)]
+        cells = [cell(g for g in here if g.contender in names) for names in columns]
+        cells += [f"**{cell(g for g in here if g.contender == name)}**" for name in ours]
+        if share:
+            rows = [r for r in run.rows if (r.model, r.batch, r.dtype, r.mode) == key]
+            best = fastest(row for row in rows if row.contender in ours)
+            cells.append(matmul_share(run, best) if run.whole_models else "-")
+        what = _WHAT[run.benchmark].format(model=model)
         lines.append(f"| {what} | {mode}, batch {batch}, {dtype} | {' | '.join(cells)} |")
     return lines
 
 
-def draw() -> str:
+def draw(directory: Path) -> str:
     """The part of the README between the marks."""
     parts = []
-    for directory in sorted(p for p in (ROOT / "benchmarks/results").iterdir() if p.is_dir()):
-        runs = [read(path) for path in sorted(directory.glob("*.json"))]
-        runs = [run for run in runs if run.benchmark in _WHAT]
+    for runs in runs_of_devices(directory):
         contenders = {row.contender for run in runs for row in run.rows}
         ours = [name for name in OURS if name in contenders]
-        lines = [line for run in runs for line in table(run, ours)]
+        columns = {
+            heading: names
+            for heading, names in PEERS.items()
+            if "compile" in names or contenders.intersection(names)
+        }
+        share = any(
+            run.whole_models and run.matmul_seconds(row) is not None
+            for run in runs
+            for row in run.rows
+        )
+        lines = [line for run in runs for line in table(run, [*columns.values()], ours, share)]
         if not lines:
             continue
         described = runs[0].environment
         how = f"{described['threads']} threads"
         if described["device_type"] == "cuda":
             how = "replays of CUDA graphs"
+        notes = ""
+        if "compile-unfrozen" in contenders:
+            notes += "; `torch.compile` is the faster of with and without frozen parameters"
+        if share:
+            notes += (
+                "; of GEMM: how much of the rate measured on a large matrix product our best has"
+            )
+        headings = [*columns, *(f"ours: {name}" for name in ours), *(["of GEMM"] if share else [])]
         parts += [
             f"Speed-up over eager PyTorch, channels-last, on {described['device']} "
             f"({how}, torch {described['torch']}): medians of interleaved "
             "runs; over several shapes the geometric mean, and the smallest in brackets; `wrong` "
             "where the error from float64 is above the rule (twice eager's own, three times for "
-            "gradients).",
+            f"gradients){notes}.",
             "",
-            f"| what | how | `torch.compile` | {' | '.join(f'ours: {name}' for name in ours)} |",
-            "|---|---|---|" + "---|" * len(ours),
+            f"| what | how | {' | '.join(headings)} |",
+            "|---|---|" + "---|" * len(headings),
             *lines,
             "",
         ]
     return "\n".join(parts)
+
+
+_HEAD = """\
+# Whole models
+
+Drawn from `results/*/*.json` by `python benchmarks/readme.py`. Each problem's contenders took turns
+in one process with equal numbers of threads; times are medians of calls.
+
+- **error**: the largest from the float64 model, over the largest value; of logits, in training of
+  logits and gradients.
+- **of GEMM**: the FLOPs of the convolutions and matrix products over the time, as a share of the
+  rate measured on a large matrix product in the same run, in the problem's dtype or float32,
+  whichever is faster. `-` where the run did not count them.
+- **our best** is the fastest of {ours}.
+- **best peer** is the fastest of what else ran beside it, as listed, and is neither wrong nor
+  failed. **ratio** is its time over our best's: above 1 ours is faster.
+- `wrong`: the error is above the rule, twice that of `eager` (three times for gradients); such a
+  row has no time. `failed`: the contender did not run, for the reason given.
+
+`eager` is stock PyTorch, channels-last; `eager-nchw` the same in the other layout. `compile` is
+`torch.compile`, which in inference on a CPU freezes the parameters; `compile-unfrozen` does not.
+`onnxruntime` and `openvino` run the stock model's ONNX file. The others are ours: `cpu`, `cuda` and
+`triton` are the converted model on one backend, `auto` on the fastest for each call; `cpu+prepared`
+has BN folded and the weights packed beforehand; `+compile` is `torch.compile` of a converted model.
+"""
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _problem(row: Row) -> tuple[str, str]:
+    size = row.case.split("x")[0]
+    return f"{row.model} at {size}", f"{row.mode}, batch {row.batch}, {row.dtype}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _details(run: Results, row: Row) -> list[str]:
+    if row.failed is not None:
+        # The reason may hold what Markdown takes for the end of a cell.
+        reason = row.failed.replace("|", "\\|")
+        return [row.contender, "failed", "-", "-", "-", reason]
+    error = f"{max(e.largest for e in row.errors.values()):.1e}"
+    if row.wrong:
+        return [row.contender, "wrong", "-", "-", "-", error]
+    seconds = _seconds(row)
+    return [
+        row.contender,
+        _figure(seconds * 1e3),
+        _figure(row.batch / seconds),
+        f"{row.speedups[row.kind or '']:.2f}x",
+        matmul_share(run, row),
+        error,
+    ]
+
+
+def performance(directory: Path) -> str:
+    """performance.md: of every device's whole models a summary, and then all contenders."""
+    parts = [_HEAD.format(ours=", ".join(f"`{name}`" for name in OURS))]
+    for every in runs_of_devices(directory):
+        runs = [run for run in every if run.whole_models]
+        if not runs:
+            continue
+        summary = [
+            _line(["model", "how", "our best", "ms", "images/s", "best peer", "ms", "images/s",
+                   "ratio", "of GEMM"]),
+            "|---|---|---|--:|--:|---|--:|--:|--:|--:|",
+        ]  # fmt: skip
+        details = [
+            _line(["model", "how", "contender", "ms", "images/s", "over eager", "of GEMM",
+                   "error"]),
+            "|---|---|---|--:|--:|--:|--:|---|",
+        ]  # fmt: skip
+        for run in runs:
+            for problem in dict.fromkeys(_problem(row) for row in run.rows):
+                rows = [row for row in run.rows if _problem(row) == problem]
+                details += [_line([*problem, *_details(run, row)]) for row in rows]
+                ours = fastest(row for row in rows if row.contender in OURS)
+                theirs = fastest(row for row in rows if not peers.is_ours(row.contender))
+                cells = [*problem]
+                for best in (ours, theirs):
+                    if best is None:
+                        cells += ["-", "-", "-"]
+                        continue
+                    seconds = _seconds(best)
+                    cells += [best.contender, _figure(seconds * 1e3), _figure(best.batch / seconds)]
+                ratio = "-"
+                if ours is not None and theirs is not None:
+                    ratio = f"{_seconds(theirs) / _seconds(ours):.2f}"
+                summary.append(_line([*cells, ratio, matmul_share(run, ours)]))
+        parts += [f"## {runs[0].environment['device']}", ""]
+        parts += [f"- {_described(run)}" for run in runs]
+        parts += ["", *summary, "", *details, ""]
+    return "\n".join(parts)
+
+
+def _described(run: Results) -> str:
+    """Where and when, as a line."""
+    environment = run.environment
+    versions = ", ".join(
+        f"{name} {environment[name]}"
+        for name in ("torch", "triton", "onnxruntime", "openvino")
+        if environment.get(name) is not None
+    )
+    rates = ", ".join(
+        f"{dtype} {rate / 1e12:.3g}"
+        for dtype, rate in run.ceilings["matmul_flops_per_second"].items()
+    )
+    models = ", ".join(dict.fromkeys(row.model for row in run.rows))
+    return (
+        f"{models}: {environment['threads']} threads, {versions}; matrix products {rates} TFLOP/s, "
+        f"copy {run.copy_bandwidth / 1e9:.3g} GB/s; {environment['date'][:10]}, commit "
+        f"{(environment['commit'] or 'unknown')[:12]}"
+        f"{' with changes' if environment['uncommitted_changes'] else ''}"
+    )
 
 
 def main() -> int:
@@ -90,15 +279,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    drawn = _MARKS.sub(lambda match: match[1] + "\n" + draw() + match[2], text)
-    if arguments.check:
-        if drawn != text:
-            print("README.md is not what benchmarks/results says: python benchmarks/readme.py")
-        return int(drawn != text)
-    path.write_text(drawn)
-    return 0
+    readme = (ROOT / "README.md").read_text()
+    drawn = {
+        "README.md": _MARKS.sub(lambda match: match[1] + "\n" + draw(RESULTS) + match[2], readme),
+        "benchmarks/performance.md": performance(RESULTS),
+    }
+    stale = False
+    for name, text in drawn.items():
+        path = ROOT / name
+        if arguments.check and (not path.exists() or path.read_text() != text):
+            print(f"{name} is not what benchmarks/results says: python benchmarks/readme.py")
+            stale = True
+        elif not arguments.check:
+            path.write_text(text)
+    return int(stale)
 
 
 if __name__ == "__main__":
