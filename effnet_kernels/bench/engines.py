@@ -61,7 +61,7 @@ def onnxruntime_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) ->
     """
     ort = _package("onnxruntime")
     if dtype != torch.float32:
-        raise UnavailableError(f"ONNX Runtime's CPU provider has no convolution in {dtype}")
+        raise UnavailableError(f"it has no convolution in {dtype} on CPUs")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -92,7 +92,7 @@ def openvino_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Fo
     threads = torch.get_num_threads()
     core = openvino.Core()
     if capability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise UnavailableError(f"OpenVINO does not compute in {precision} on this CPU")
+        raise UnavailableError(f"it does not compute in {precision} on this CPU")
     compiled = core.compile_model(
         core.read_model(io.BytesIO(onnx_file(model, images))),
         "CPU",
@@ -108,10 +108,10 @@ def openvino_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Fo
     # Hints are not promises: what the plugin cannot do it replaces without a word.
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != precision:
-        raise UnavailableError(f"OpenVINO computes in {taken} where {precision} is asked for")
+        raise UnavailableError(f"it computes in {taken} where {precision} is asked for")
     running = compiled.get_property("INFERENCE_NUM_THREADS")
     if running != threads:
-        raise UnavailableError(f"OpenVINO runs {running} threads where {threads} are asked for")
+        raise UnavailableError(f"it runs {running} threads where {threads} are asked for")
     request = compiled.create_infer_request()
 
     def forward(batch: Tensor) -> Tensor:
