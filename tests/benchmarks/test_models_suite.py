@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effnet_kernels.bench import models
+from effnet_kernels.bench import command, models
 
 CPU = torch.device("cpu")
 
@@ -53,3 +53,52 @@ def test_resolved() -> None:
         models.resolved("efficientnet_c0")
     with pytest.raises(ValueError, match="got size 'big'"):
         models.resolved("efficientnet_b0@big")
+
+
+def test_flops() -> None:
+    """EfficientNet-B0's published 0.39 billion multiplications, linear in the batch."""
+    stock = models.create("efficientnet_b0")
+
+    def flops(batch: int, mode: str) -> int:
+        problem = models.Problem("efficientnet_b0", 224, batch, torch.float32, mode)
+        return models.flops(stock, problem)
+
+    forward = flops(1, "inference")
+    assert forward / 2 == pytest.approx(0.39e9, rel=0.02)
+    assert flops(4, "inference") == 4 * forward
+    # Backward twice forward, depthwise convolutions too, but for the stem's gradient by the images.
+    stem = 2 * 32 * 3 * 3 * 3 * 112 * 112
+    assert flops(2, "training") == 2 * (3 * forward - stem)
+    assert all(parameter.device == CPU for parameter in stock.parameters())
+
+
+def test_row_has_the_flops() -> None:
+    """Every row of a problem; 16-bit ones have no other arithmetic."""
+    counted = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = models.Problem("test_efficientnet", 64, 2, dtype, "inference")
+        match = models.match(problem, CPU, only=[])
+        counted |= {row.flops for row in match.check()}
+    assert len(counted) == 1
+    assert counted.pop() == models.flops(models.create("test_efficientnet"), problem)
+
+
+def test_compiled_without_frozen_parameters_is_right() -> None:
+    """``compile-unfrozen`` gives the model's numbers."""
+    problem = models.Problem("a convolution", 8, 2, torch.float32, "inference")
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.SiLU()]
+    stock = torch.nn.Sequential(*layers, torch.nn.Flatten()).eval()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    row = models.match_on(stock, images, problem, CPU, only=["compile-unfrozen"]).check()[1]
+    assert row.contender == "compile-unfrozen"
+    assert row.failed is None, row.failed
+    assert not row.wrong, (row.excess, row.errors)
+
+
+def test_contenders_on_the_command_line() -> None:
+    """What ``--only`` takes for whole models."""
+    names = command._contenders(models, CPU)
+    assert {"eager", "compile", "compile-unfrozen", "onnxruntime", "openvino", "cpu"} < {*names}
+    command._check_only(["onnxruntime", "openvino", "compile-unfrozen"], models, CPU)
+    with pytest.raises(ValueError, match="got 'onnx', expected some of eager"):
+        command._check_only(["onnx"], models, CPU)
