@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="CONTENDER",
         help=f"of {', '.join(suite.PEERS)} and our backends (cpu, cuda, triton, auto"
-        f"{'; cpu+compile ...' if suite is models else ''}); eager always runs (default: all that "
-        "can run, without compile-max, which tunes for minutes)",
+        f"{'; cpu+prepared, cpu+compile ...' if suite is models else ''}); eager always runs "
+        "(default: all that can run, without compile-max, which tunes for minutes)",
     )  # fmt: skip
     parser.add_argument(
         "--caches", nargs="+", choices=("warm", "cold"), metavar="KIND",
@@ -183,6 +183,7 @@ def _contenders(suite: Any, device: torch.device) -> list[str]:
     backends = ["cpu"] if device.type == "cpu" else ["cuda", "triton", peers.AUTO]
     names += backends
     if suite is models:
+        names += ["cpu+prepared"] if device.type == "cpu" else []
         names += [f"{backend}+compile" for backend in backends]
     return names
 

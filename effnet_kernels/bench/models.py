@@ -170,9 +170,10 @@ def match(
     Args:
         problem: what to run.
         device: where.
-        only: contenders: of ``PEERS``, a backend's name, or a backend's name and ``+compile``; all
-            that can run unless given. The baseline is always among them. An engine that is not
-            installed, or cannot compute in the problem's dtype, is a failed row.
+        only: contenders: of ``PEERS``, a backend's name, or a backend's name and ``+compile`` or,
+            in inference on a CPU, ``+prepared``; all that can run unless given. The baseline is
+            always among them. An engine that is not installed, or cannot compute in the problem's
+            dtype, is a failed row.
         cold: prepare enough sets of images for cold caches.
     """
     stock = create(problem.model)
@@ -244,6 +245,10 @@ def match_on(
         if wanted(backend):
             model = effnet_kernels.convert(fresh())
             contenders.append(Contender(backend, caller(model, None, backend), channels_last))
+        if inference_on_cpu and wanted(f"{backend}+prepared"):
+            model = effnet_kernels.prepare(fresh())
+            call = caller(model, None, backend)
+            contenders.append(Contender(f"{backend}+prepared", call, channels_last))
         if wanted(f"{backend}+compile"):
             model = effnet_kernels.convert(fresh())
             call = caller(model, compile_of(model, "default"), backend)

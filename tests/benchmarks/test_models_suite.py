@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import effnet_kernels
 from effnet_kernels.bench import command, models
 
 CPU = torch.device("cpu")
@@ -95,10 +96,32 @@ def test_compiled_without_frozen_parameters_is_right() -> None:
     assert not row.wrong, (row.excess, row.errors)
 
 
+@pytest.mark.parametrize("mode", models.MODES)
+def test_prepared(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cpu+prepared`` is what ``prepare`` makes of the stock model, in inference only."""
+    prepared = []
+
+    def prepare(model: torch.nn.Module) -> torch.nn.Module:
+        prepared.append(model)
+        return model
+
+    monkeypatch.setattr(effnet_kernels, "prepare", prepare)
+    problem = models.Problem("test_efficientnet", 64, 2, torch.float32, mode)
+    match = models.match(problem, CPU, only=["cpu+prepared"])
+    names = [contender.name for contender in match.contenders]
+    if mode == "training":
+        assert names == ["eager"]
+        assert not prepared
+    else:
+        assert names == ["eager", "cpu+prepared"]
+        assert not prepared[0].training
+
+
 def test_contenders_on_the_command_line() -> None:
     """What ``--only`` takes for whole models."""
     names = command._contenders(models, CPU)
     assert {"eager", "compile", "compile-unfrozen", "onnxruntime", "openvino", "cpu"} < {*names}
+    assert names[-3:] == ["cpu", "cpu+prepared", "cpu+compile"]
     command._check_only(["onnxruntime", "openvino", "compile-unfrozen"], models, CPU)
     with pytest.raises(ValueError, match="got 'onnx', expected some of eager"):
         command._check_only(["onnx"], models, CPU)
