@@ -247,8 +247,9 @@ def match_on(
             contenders.append(Contender(backend, caller(model, None, backend), channels_last))
         if inference_on_cpu and wanted(f"{backend}+prepared"):
             model = effnet_kernels.prepare(fresh())
-            call = caller(model, None, backend)
-            contenders.append(Contender(f"{backend}+prepared", call, channels_last))
+            name, call = f"{backend}+prepared", caller(model, None, backend)
+            # What lies between its stages is memory of its own.
+            contenders.append(Contender(name, call, channels_last, allocates=False))
         if wanted(f"{backend}+compile"):
             model = effnet_kernels.convert(fresh())
             call = caller(model, compile_of(model, "default"), backend)

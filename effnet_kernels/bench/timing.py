@@ -67,8 +67,7 @@ class Contender:
         name: what the results call it.
         call: takes one set of inputs; what it returns is kept until the next call is through.
         inputs: sets of inputs, alike in everything but their memory.
-        allocates: whether its memory is of PyTorch's allocator; what another engine holds is not
-            known.
+        allocates: whether its memory is of PyTorch's allocator; else what it holds is not known.
     """
 
     name: str
