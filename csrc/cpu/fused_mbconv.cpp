@@ -191,9 +191,8 @@ void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tenso
   pack(a, k, p, weights);
   const int64_t row = 2 * p.padded_channels * k.format.accumulate_bytes;
   const Memory sums(a.pooled == nullptr ? 1 : s.batch * p.bands * row);
-  Team::run([&](Team& team) {
-    run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get(), team);
-  });
+  Team team = Team::of_pytorch_threads();
+  run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get(), team);
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 

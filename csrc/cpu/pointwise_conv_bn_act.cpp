@@ -79,9 +79,8 @@ void run(const PointwiseInference& a) {
   pack(a, k, p, matrix.get());
   const Memory sums(a.pooled == nullptr ? 1
                                         : p.slots() * 2 * p.padded_channels * f.accumulate_bytes);
-  Team::run([&](Team& team) {
-    multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get(), team);
-  });
+  Team team = Team::of_pytorch_threads();
+  multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get(), team);
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
 

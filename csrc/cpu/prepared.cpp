@@ -102,20 +102,13 @@ void run_stages(const Stages& stages, Dtype dtype, const void* input, void* outp
     const Images images(stages, segments, element, end - begin);
     images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin, team);
   };
-  Team::run([&](Team& team) {
-    const int64_t together = batch / team.threads() * team.threads();
-    const int64_t chunk = ceil_div(batch, 2 * team.threads());
-    if (team.threads() == 1) {
-      run(0, batch, team);
-      return;
-    }
-    team.divide(together, std::min(chunk, together / team.threads()),
-                [&](int64_t begin, int64_t end) {
-                  Team alone;
-                  run(begin, end, alone);
-                });
-    if (together < batch) run(together, batch, team);
+  Team team = Team::of_pytorch_threads();
+  const int64_t together = team.threads() == 1 ? 0 : batch / team.threads() * team.threads();
+  team.share(together, 1, [&](int64_t begin, int64_t end) {
+    Team alone = Team::alone();
+    run(begin, end, alone);
   });
+  if (together < batch) run(together, batch, team);
 }
 
 namespace {

@@ -50,7 +50,8 @@ void run(const ChannelSums& a, Team& team) {
 }
 
 void run(const ChannelSums& a) {
-  Team::run([&](Team& team) { run(a, team); });
+  Team team = Team::of_pytorch_threads();
+  run(a, team);
 }
 
 void run(const ChannelScale& a) {
@@ -90,7 +91,8 @@ void squeeze_excite_gate(const SqueezeExciteGate& a, Team& team) {
 namespace {
 
 void run(const SqueezeExciteGate& a) {
-  Team::run([&](Team& team) { squeeze_excite_gate(a, team); });
+  Team team = Team::of_pytorch_threads();
+  squeeze_excite_gate(a, team);
 }
 
 void run(const SqueezeExciteGateBackward& a) {
