@@ -500,17 +500,23 @@ EFFNET_INLINE void activate_all(Activation activation, typename S::V (&x)[N]) {
   } else if constexpr (N <= Group) {
     silu<S, N>(x);
   } else {
-    typename S::V first[Group], rest[N - Group];
+    // What is not at it waits in memory, or a group would have no registers to work in.
+    constexpr int Rounded = (N + Group - 1) / Group * Group;
+    typename S::Scalar kept[Rounded * S::lanes];
     EFFNET_UNROLL
-    for (int i = 0; i < Group; ++i) first[i] = x[i];
+    for (int i = 0; i < Rounded; ++i) S::store(kept + i * S::lanes, x[i < N ? i : 0]);
+    asm("" : "+m"(kept));
+    for (int first = 0; first < N; first += Group) {
+      typename S::V group[Group];
+      EFFNET_UNROLL
+      for (int i = 0; i < Group; ++i) group[i] = S::load(kept + (first + i) * S::lanes);
+      silu<S, Group>(group);
+      EFFNET_UNROLL
+      for (int i = 0; i < Group; ++i) S::store(kept + (first + i) * S::lanes, group[i]);
+    }
+    asm("" : "+m"(kept));
     EFFNET_UNROLL
-    for (int i = Group; i < N; ++i) rest[i - Group] = x[i];
-    silu<S, Group>(first);
-    activate_all<S, N - Group>(activation, rest);
-    EFFNET_UNROLL
-    for (int i = 0; i < Group; ++i) x[i] = first[i];
-    EFFNET_UNROLL
-    for (int i = Group; i < N; ++i) x[i] = rest[i - Group];
+    for (int i = 0; i < N; ++i) x[i] = S::load(kept + i * S::lanes);
   }
 }
 
