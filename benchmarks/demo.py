@@ -143,6 +143,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    ours = [*backends]
+    if device.type == "cpu":
+        ours += [f"{backend}+prepared" for backend in backends]
     weights = arguments.checkpoint or "random weights, BN statistics of the photographs"
     console.print(f"{MODEL}, {weights}, on {environment.device_name(device)}", highlight=False)
 
@@ -158,19 +161,19 @@ def main() -> int:
     eager = copy.deepcopy(stock).to(device, dtype)
     with torch.no_grad():
         exact = copy.deepcopy(eager).double()(photograph.double())
-        ours, theirs = converted(photograph), eager(photograph)
+        logits, theirs = converted(photograph), eager(photograph)
     console.print(
         f"logits {' '.join(f'{x:+.4f}' for x in exact[0, :5].tolist())} ..., "
         f"standard deviation {exact.std().item():.3g}",
         highlight=False,
     )
     if arguments.checkpoint is not None:
-        for name, logits in (("stock", theirs), ("converted", ours)):
-            top = logits[0].float().topk(5).indices.tolist()
+        for name, given in (("stock", theirs), ("converted", logits)):
+            top = given[0].float().topk(5).indices.tolist()
             console.print(f"top-5 classes, {name}: {top}", highlight=False)
     console.print(
         f"largest error against float64, relative to the largest logit: stock "
-        f"{largest_error(theirs, exact):.2e}, converted {largest_error(ours, exact):.2e}",
+        f"{largest_error(theirs, exact):.2e}, converted {largest_error(logits, exact):.2e}",
         highlight=False,
     )
 
@@ -180,7 +183,7 @@ def main() -> int:
         problem = models.Problem(MODEL, SIZE, batch, dtype, "inference")
         with console.status(f"timing batch {batch} (torch.compile takes a minute)"):
             match = models.match_on(
-                stock, crops(batch, 0), problem, device, only=[*CONTENDERS, *backends]
+                stock, crops(batch, 0), problem, device, only=[*CONTENDERS, *ours]
             )
             rows += match.run(kinds=("warm",), seconds=arguments.seconds)
     console.print(table(rows))
@@ -189,7 +192,7 @@ def main() -> int:
         f"from float64, of rule: its share of what is allowed, {accuracy.FORWARD:g} times "
         "eager's[/]"
     )
-    broken = [r for r in rows if r.contender in backends and (r.wrong or r.failed is not None)]
+    broken = [r for r in rows if r.contender in ours and (r.wrong or r.failed is not None)]
     for row in broken:
         reason = row.failed or f"the error is {row.excess:.2f} times what is allowed"
         print(f"demo.py: {row.contender}, batch {row.batch}: {reason}", file=sys.stderr)

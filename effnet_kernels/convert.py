@@ -51,7 +51,12 @@ _ENDS = {
     ("timm.models.efficientnet", "EfficientNetFeatures"): ("bn1",),
     ("timm.models.mobilenetv3", "MobileNetV3"): ("bn1",),
     ("timm.models.mobilenetv3", "MobileNetV3Features"): ("bn1",),
+    ("effnet_kernels.layers.timm", "PreparedMobileNetV3"): ("bn1",),
     ("torchvision.models.efficientnet", "EfficientNet"): ("features.0", "features.-1"),
+    ("effnet_kernels.layers.torchvision", "PreparedTorchvisionEfficientNet"): (
+        "features.0",
+        "features.-1",
+    ),
 }
 
 

@@ -299,7 +299,7 @@ Tensor block(Tensor image, OptionalTensor expand_weight, OptionalTensor expand_m
     pack(a, k, weights);
     Stages stages;
     stages.push_back(std::make_unique<MbconvStage>(a, weights, pieces.bytes()));
-    run_stages(stages, a.dtype, a.input, a.output, a.shape.batch);
+    run_stages(stages, a.dtype, a.input, a.output, a.shape.batch, false);
     return output;
   }
 }

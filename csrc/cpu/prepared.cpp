@@ -40,11 +40,39 @@ std::vector<Segment> segments_of(const Stages& stages) {
   return segments;
 }
 
+// Pixels [begin, end) of an image of channel planes to channels-last.
+template <class Element>
+void interleave(const void* planes, void* image, int64_t channels, int64_t pixels, int64_t begin,
+                int64_t end) {
+  const Element* from = static_cast<const Element*>(planes);
+  Element* to = static_cast<Element*>(image);
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t c = 0; c < channels; ++c) to[i * channels + c] = from[c * pixels + i];
+  }
+}
+
+void interleave(const void* planes, void* image, const ImageShape& shape, int64_t element,
+                Team& team) {
+  constexpr int64_t kLeast = 1 << 13;
+  team.share(shape.pixels(), kLeast, [&](int64_t begin, int64_t end) {
+    switch (element) {
+      case 2:
+        return interleave<uint16_t>(planes, image, shape.channels, shape.pixels(), begin, end);
+      case 4:
+        return interleave<uint32_t>(planes, image, shape.channels, shape.pixels(), begin, end);
+      default:
+        return interleave<uint64_t>(planes, image, shape.channels, shape.pixels(), begin, end);
+    }
+  });
+}
+
 // The images that one thread takes through all stages.
 class Images {
  public:
-  Images(const Stages& stages, const std::vector<Segment>& segments, int64_t element, int64_t count)
-      : stages_(stages), segments_(segments), element_(element) {
+  // planar: the first stage's input are channel planes.
+  Images(const Stages& stages, const std::vector<Segment>& segments, int64_t element, int64_t count,
+         bool planar)
+      : stages_(stages), segments_(segments), element_(element), planar_(planar) {
     int64_t within = 0, between = 0, scratch = 0;
     for (const Segment& s : segments) {
       for (size_t i = s.first; i + 1 < s.last; ++i) within = std::max(within, bytes(*stages[i]));
@@ -55,6 +83,7 @@ class Images {
     for (int64_t& offset : within_) offset = pieces.add(within);
     for (int64_t& offset : between_) offset = pieces.add(between * count);
     scratch_ = pieces.add(scratch);
+    interleaved_ = pieces.add(planar ? stages.front()->input.values() * element : 0);
     memory_ = std::make_unique<Memory>(pieces.bytes());
   }
 
@@ -68,6 +97,10 @@ class Images {
       const int64_t to_bytes = bytes(*stages_[s.last - 1]);
       for (int64_t n = 0; n < count; ++n) {
         const void* x = at(from, n * from_bytes);
+        if (planar_ && k == 0) {
+          interleave(x, memory(interleaved_), stages_.front()->input, element_, team);
+          x = memory(interleaved_);
+        }
         for (size_t i = s.first; i < s.last; ++i) {
           void* y = i + 1 == s.last ? at(to, n * to_bytes) : memory(within_[i % 2]);
           stages_[i]->run(x, y, memory(scratch_), team);
@@ -85,7 +118,8 @@ class Images {
   const Stages& stages_;
   const std::vector<Segment>& segments_;
   const int64_t element_;
-  int64_t within_[2], between_[2], scratch_;
+  const bool planar_;
+  int64_t within_[2], between_[2], scratch_, interleaved_;
   std::unique_ptr<Memory> memory_;
 };
 
@@ -93,13 +127,14 @@ class Images {
 
 // As many images as there are threads go side by side, each in one thread's caches; those that are
 // left over, and all of a small batch, one after the other with every step divided.
-void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch) {
+void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch,
+                bool planar) {
   const int64_t element = element_size(dtype);
   const int64_t in_bytes = stages.front()->input.values() * element;
   const int64_t out_bytes = stages.back()->output.values() * element;
   const std::vector<Segment> segments = segments_of(stages);
   const auto run = [&](int64_t begin, int64_t end, Team& team) {
-    const Images images(stages, segments, element, end - begin);
+    const Images images(stages, segments, element, end - begin, planar);
     images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin, team);
   };
   Team team = Team::of_pytorch_threads();
@@ -152,13 +187,16 @@ class Network {
                 : empty_image(input, batch_, output_.channels, output_.height, output_.width);
     if (batch_ == 0) return output;
     void* to = output.mutable_data_ptr();
+    const bool planar = input.size(1) > 1 && input.is_contiguous();
+    const Tensor dense = planar ? input : channels_last(input);
+    const void* from = dense.const_data_ptr();
     if (vectors_.empty()) {
-      run_stages(images_, dtype_, input.const_data_ptr(), to, batch_);
+      run_stages(images_, dtype_, from, to, batch_, planar);
       return output;
     }
     const Memory pooled(vectors_.front()->input.values() * element_size(dtype_));
-    run_stages(images_, dtype_, input.const_data_ptr(), pooled.get(), batch_);
-    run_stages(vectors_, dtype_, pooled.get(), to, 1);
+    run_stages(images_, dtype_, from, pooled.get(), batch_, planar);
+    run_stages(vectors_, dtype_, pooled.get(), to, 1, false);
     return output;
   }
 
@@ -216,8 +254,7 @@ class Network {
 };
 
 Tensor run_network(Tensor image, std::vector<Tensor> stages, std::vector<int64_t> padding) {
-  const Network network(image, stages, padding);
-  return network.run(channels_last(image));
+  return Network(image, stages, padding).run(image);
 }
 
 }  // namespace

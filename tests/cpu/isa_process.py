@@ -8,6 +8,7 @@ import torch
 from accuracy import FORWARD, GRADIENT, assert_error_rule
 from ops import test_fused_mbconv as fused_mbconv
 from ops import test_mbconv as mbconv
+from ops import test_prepared as prepared
 from ops.depthwise_cases import CASES, Case, make_arguments, run
 
 THREADS = (1, 2, 3)
@@ -42,6 +43,15 @@ def check_blocks() -> None:
                 block.check(case, dtype, "cpu")
 
 
+def check_prepared() -> None:
+    """Networks of packed weights."""
+    for gated in (False, True):
+        for block in prepared.BLOCKS:
+            prepared.test_mbconv(block, gated)
+        prepared.test_fused_mbconv(gated)
+    prepared.test_pointwise_pool_linear()
+
+
 def check_threads() -> None:
     """The same bits at every thread count, and twice at each."""
     for case in (LARGE, dataclasses.replace(LARGE, training=False), Case(5, 40, 9, 8, pool=True)):
@@ -58,5 +68,6 @@ def check_threads() -> None:
 if __name__ == "__main__":
     check_numbers()
     check_blocks()
+    check_prepared()
     check_threads()
     print(torch.ops.effnet_kernels_cpp.cpu_isa())
