@@ -169,7 +169,7 @@ def test_after_fork() -> None:
 
 
 def _load(model: nn.Module) -> None:
-    model.load_state_dict({k: v * 1.25 for k, v in model.state_dict().items()})
+    model.load_state_dict({k: v * 1.01 for k, v in model.state_dict().items()})
 
 
 def _step(model: nn.Module) -> None:
@@ -296,7 +296,11 @@ def test_models_without_a_known_whole() -> None:
 def test_unusual_heads() -> None:
     """What comes after the features is left to the model where it is not the usual."""
     torch.manual_seed(0)
-    for settings in ({"global_pool": "max"}, {"global_pool": ""}, {"num_classes": 0}):
+    for settings in (
+        {"global_pool": "max"},
+        {"global_pool": "", "num_classes": 0},
+        {"num_classes": 0},
+    ):
         stock = timm.create_model("mobilenetv2_050", **settings).eval()
         model = prepare(copy.deepcopy(stock))
         assert relative_errors(run(model, images()), run(stock, images()))[1] < 1e-4
