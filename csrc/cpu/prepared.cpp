@@ -21,6 +21,10 @@ namespace {
 // are read once for all of them.
 constexpr int64_t kSegmentBytes = 1 << 20;
 
+// Images that a thread takes at a time, at most: so few that threads even out, and so many that the
+// weights, which no cache keeps, are read seldom.
+constexpr int64_t kImages = 8;
+
 // Stages [first, last).
 struct Segment {
   size_t first, last;
@@ -139,10 +143,11 @@ void run_stages(const Stages& stages, Dtype dtype, const void* input, void* outp
   };
   Team team = Team::of_pytorch_threads();
   const int64_t together = team.threads() == 1 ? 0 : batch / team.threads() * team.threads();
-  team.share(together, 1, [&](int64_t begin, int64_t end) {
-    Team alone = Team::alone();
-    run(begin, end, alone);
-  });
+  team.divide(together, std::min(together / team.threads(), kImages),
+              [&](int64_t begin, int64_t end) {
+                Team alone = Team::alone();
+                run(begin, end, alone);
+              });
   if (together < batch) run(together, batch, team);
 }
 
