@@ -100,7 +100,8 @@ def table(
             continue
         model, batch, dtype, mode = key
         cells = [cell(g for g in here if g.contender in names) for names in columns]
-        cells += [f"**{cell(g for g in here if g.contender == name)}**" for name in ours]
+        ours_here = [cell(g for g in here if g.contender == name) for name in ours]
+        cells += [value if value == "-" else f"**{value}**" for value in ours_here]
         if share:
             rows = [r for r in run.rows if (r.model, r.batch, r.dtype, r.mode) == key]
             best = fastest(row for row in rows if row.contender in ours)
