@@ -25,6 +25,7 @@ from effnet_kernels.layers.prepared import is_prepared, prepared_network
 
 pytestmark = [
     pytest.mark.skipif(extension.CPU_MISSING is not None, reason=str(extension.CPU_MISSING)),
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.xdist_group("prepare"),
 ]
 
@@ -249,6 +250,26 @@ def test_hooks_run() -> None:
     assert calls.count["effnet_kernels_cpp::prepared_network"] > 5
     torch.testing.assert_close(result, run(stock, images()), rtol=1e-3, atol=1e-3)
     handle.remove()
+    assert_prepared(model, images())
+
+
+def test_hooks_on_all_modules_and_traces() -> None:
+    """Both see the stock modules."""
+    stock = make_model()
+    model = prepare(copy.deepcopy(stock))
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, i, o: seen.append(type(m).__name__)
+    )
+    try:
+        run(model, images())
+    finally:
+        handle.remove()
+    assert seen.count("Conv2d") > 20
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(), check_trace=False)
+    assert "prepared_network" not in str(traced.inlined_graph)
+    assert relative_errors(traced(images()), run(stock, images()))[1] < 1e-4
     assert_prepared(model, images())
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from effnet_kernels.layers.remembered import HOOKS
 from effnet_kernels.ops.prepared import PreparedNetwork, PreparedStage
@@ -122,12 +123,17 @@ def stages_of(module: nn.Module) -> Sequence[PreparedStage] | None:
 
 def prepared_network(module: nn.Module, input: Tensor) -> PreparedNetwork | None:
     """What runs in the place of ``module`` on ``input``, or None: the module was not prepared, is
-    in training mode, something hangs on a child of it, or the call is not for the CPU's kernels.
+    in training mode, something hangs on a child of it or on all modules, or the call is traced or
+    not for the CPU's kernels.
     """
     if torch.compiler.is_compiling():
         return None
     entry = _PREPARED.get(module)
-    if entry is None:
+    if (
+        entry is None
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or nn_module._has_any_global_hook()
+    ):
         return None
     network = entry.network(module)
     return network if network is not None and network.takes(input) else None
