@@ -199,7 +199,9 @@ def prepare(model: nn.Module) -> nn.Module:
         adapter = adapters.get(type(module))
         if module not in blocks and type(module) not in _networks():
             continue
-        if adapter is None or adapter.stages is None or adapter.refusal(module) is not None:
+        if adapter is None or adapter.stages is None:
+            continue
+        if module in blocks and _refusal(module) is not None:
             continue
         if prepare_module(module, adapter.stages):
             module.__class__ = adapter.fused

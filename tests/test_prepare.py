@@ -201,7 +201,11 @@ def _classify(model: nn.Module) -> None:
     model.reset_classifier(7)
 
 
-CHANGES = (_load, _step, _statistics, _replace, _set_data, _classify)
+def _identity(model: nn.Module) -> None:
+    model.classifier = nn.Identity().eval()
+
+
+CHANGES = (_load, _step, _statistics, _replace, _set_data, _classify, _identity)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
@@ -251,6 +255,74 @@ def test_hooks_run() -> None:
     torch.testing.assert_close(result, run(stock, images()), rtol=1e-3, atol=1e-3)
     handle.remove()
     assert_prepared(model, images())
+
+
+def test_interrupted_packing_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stops the packing of changed weights leaves no old ones behind."""
+    stock = make_model()
+    model = prepare(copy.deepcopy(stock))
+    _step(model)
+    _step(stock)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("effnet_kernels.layers.timm.prepare_linear", interrupt)
+        run(model, images())
+    assert_follows(model, stock, images())
+
+
+def test_patched_forward_runs() -> None:
+    """A child with a forward of its own is called, patched before or after, as is a new child."""
+    stock = make_model()
+
+    def patched(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        forward = module.forward
+        return lambda x: forward(x) * 0.5
+
+    for path in ("blocks.1", "blocks.1.0", "classifier", "global_pool"):
+        before, after = copy.deepcopy(stock), prepare(copy.deepcopy(stock))
+        for model in (before, after):
+            module = model.get_submodule(path)
+            module.forward = patched(module)
+        expected = run(before, images())
+        assert relative_errors(run(after, images()), expected)[1] < 1e-4
+        assert relative_errors(run(prepare(before), images()), expected)[1] < 1e-4
+    model = prepare(stock)
+    seen: list[nn.Module] = []
+    model.classifier = nn.Linear(model.classifier.in_features, 3).eval()
+    model.classifier.register_forward_hook(lambda m, i, o: seen.append(m))
+    run(model, images())
+    assert seen == [model.classifier]
+
+
+def test_other_devices_and_inference_tensors() -> None:
+    """They go the way of a converted model, and back on the CPU the model is prepared again."""
+    stock = make_model()
+    model = prepare(copy.deepcopy(stock)).to("meta")
+    assert run(model, images().to("meta")).is_meta
+    assert not is_prepared(model)
+    model = prepare(copy.deepcopy(stock))
+    with torch.inference_mode():
+        model.to(torch.bfloat16)
+        assert model(images().bfloat16()).dtype == torch.bfloat16
+    assert not is_prepared(model)
+    model = prepare(copy.deepcopy(stock))
+    model.classifier = torch.jit.script(model.classifier)
+    assert run(model, images()).shape == (3, 10)
+    assert not is_prepared(model)
+
+
+@pytest.mark.parametrize("classifier", [nn.Identity(), nn.Linear(1280, 5)], ids=["none", "linear"])
+def test_torchvision_with_another_classifier(classifier: nn.Module) -> None:
+    """The usual ways to use a model for something else; its parts run on packed weights."""
+    stock = make_model("torchvision:efficientnet_b0")
+    model = prepare(copy.deepcopy(stock))
+    for each in (stock, model):
+        each.classifier = copy.deepcopy(classifier).eval()
+    for prepared in (model, prepare(copy.deepcopy(stock))):
+        assert relative_errors(run(prepared, images()), run(stock, images()))[1] < 1e-4
 
 
 def test_hooks_on_all_modules_and_traces() -> None:

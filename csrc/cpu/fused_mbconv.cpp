@@ -1,5 +1,5 @@
 // The Fused-MBConv block on the CPU: cuts a call into bands of rows (FusedMbconvPlan), which go
-// through the block side by side on PyTorch's threads, each in one thread's caches.
+// through the block side by side, each in one thread's caches.
 #include "fused_mbconv.h"
 
 #include <torch/csrc/stable/library.h>
@@ -136,7 +136,8 @@ Tensor prepare(const Tensor& like, const FusedMbconv& a) {
               a.in_channels,
               a.out_channels,
               a.shape.kernel,
-              a.shape.stride};
+              a.shape.stride,
+              a.residual != nullptr};
   Tensor packed = empty_bytes(like, pieces.bytes());
   std::memcpy(packed.mutable_data_ptr(), &p, sizeof(p));
   pack(a, k, make_plan(a, k), p.layout.in(packed.mutable_data_ptr()));

@@ -231,7 +231,8 @@ Tensor prepare(const Tensor& like, const MbconvInference& a) {
               a.in_channels,
               a.out_channels,
               a.shape.kernel,
-              a.shape.stride};
+              a.shape.stride,
+              a.residual};
   Tensor packed = empty_bytes(like, pieces.bytes());
   void* memory = packed.mutable_data_ptr();
   std::memcpy(memory, &p, sizeof(p));

@@ -1,5 +1,5 @@
-// The pointwise op on the CPU: cuts a call into items (PointwisePlan) and runs them on PyTorch's
-// threads.
+// The pointwise op on the CPU: cuts a call into items (PointwisePlan) and divides them among a
+// team.
 #include "pointwise_conv_bn_act.h"
 
 #include <torch/csrc/stable/library.h>
@@ -138,7 +138,8 @@ Tensor prepare(Tensor image, Tensor weight, Tensor mean, Tensor var, OptionalTen
               a.in_channels,
               a.out_channels,
               1,
-              1};
+              1,
+              false};
   Tensor packed = empty_bytes(input, pieces.bytes());
   void* memory = packed.mutable_data_ptr();
   std::memcpy(memory, &p, sizeof(p));

@@ -148,7 +148,9 @@ void run_stages(const Stages& stages, Dtype dtype, const void* input, void* outp
                 Team alone = Team::alone();
                 run(begin, end, alone);
               });
-  if (together < batch) run(together, batch, team);
+  for (int64_t begin = together; begin < batch; begin += kImages) {
+    run(begin, std::min(begin + kImages, batch), team);
+  }
 }
 
 namespace {
@@ -173,10 +175,15 @@ class Network {
                       " channels, not ", shape.channels);
       const StagePlace place{shape, output_of(h, shape, &padding[4 * i]), padding[4 * i],
                              padding[4 * i + 1]};
+      STD_TORCH_CHECK(!pooled || h.kind == StageHeader::Kind::pointwise, kOp, ": stage ", i,
+                      " takes images, not the vectors of the pool before it");
+      STD_TORCH_CHECK(
+          !h.residual || (place.output.channels == shape.channels &&
+                          place.output.height == shape.height && place.output.width == shape.width),
+          kOp, ": stage ", i, " adds its input, whose shape is not its output's");
       (pooled ? vectors_ : images_).push_back(stage(packed[i].const_data_ptr(), h.kind, place));
       shape = place.output;
       if (h.kind == StageHeader::Kind::pool) {  // the images are pixels of one from here on
-        STD_TORCH_CHECK(!pooled, kOp, ": stage ", i, " pools what is pooled");
         pooled = true;
         shape.width = std::max<int64_t>(batch_, 1);
       }

@@ -1,4 +1,4 @@
-// Squeeze-and-excitation on the CPU: divides each step among PyTorch's threads.
+// Squeeze-and-excitation on the CPU: divides each step among threads.
 #include "squeeze_excite.h"
 
 #include <torch/csrc/stable/library.h>
@@ -246,7 +246,8 @@ Tensor prepare_pool(Tensor image) {
                            channels,
                            channels,
                            1,
-                           1};
+                           1,
+                           false};
   const Tensor packed = empty_bytes(image, sizeof(header));
   std::memcpy(packed.mutable_data_ptr(), &header, sizeof(header));
   return packed;

@@ -41,8 +41,8 @@ struct SqueezeExciteKernels {
 
 constexpr int kGateBlock = 64;
 
-// The gate (squeeze_excite.cpp).
 class Team;
+// The gate (squeeze_excite.cpp).
 void squeeze_excite_gate(const SqueezeExciteGate&, Team&);
 
 namespace avx512bf16 {

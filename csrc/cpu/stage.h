@@ -57,6 +57,7 @@ struct StageHeader {
   int32_t isa;
   int32_t in_channels, out_channels;
   int32_t kernel, stride;
+  bool residual;  // the input is added
 
   // The kernels in use.
   static int32_t current_isa() {

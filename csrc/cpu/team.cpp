@@ -6,7 +6,6 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -24,22 +23,30 @@ constexpr int kLooks = 1 << 11;
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // as long as x86's
 #endif
 }
 
+bool forked = false;
+
 #if defined(__linux__)
-// The processors that this process was given. OpenMP may bind the thread that creates helpers to
-// one of them, and they would inherit it.
-const cpu_set_t& processors() {
-  static const cpu_set_t all = [] {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    sched_getaffinity(0, sizeof(set), &set);
-    return set;
-  }();
+// The processors that PyTorch's threads may run on, together. The calling thread's alone would not
+// do: OpenMP may have bound it to one of them.
+cpu_set_t processors(int64_t threads) {
+  cpu_set_t all;
+  CPU_ZERO(&all);
+  std::mutex mutex;
+  // In a child of fork() OpenMP would wait for threads that are not there.
+  torch::stable::parallel_for(0, forked ? 1 : threads, 1, [&](int64_t, int64_t) {
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    if (sched_getaffinity(0, sizeof(own), &own) != 0) return;
+    const std::lock_guard<std::mutex> lock(mutex);
+    CPU_OR(&all, &all, &own);
+  });
   return all;
 }
-[[maybe_unused]] const cpu_set_t& kAtLoad = processors();
 #endif
 
 // The helpers of this process. Never destroyed: they are asleep in it when the process ends.
@@ -48,7 +55,10 @@ class Helpers {
   static Helpers& instance() {
     static Helpers* const made = [] {
       // A child of fork() has none of its parent's threads; what they held does not matter there.
-      pthread_atfork(nullptr, nullptr, [] { new (memory) Helpers; });
+      pthread_atfork(nullptr, nullptr, [] {
+        forked = true;
+        new (memory) Helpers;
+      });
       return new (memory) Helpers;
     }();
     return *made;
@@ -57,14 +67,7 @@ class Helpers {
   // Takes the helpers for a team of `threads`, and gives how many threads that has.
   int64_t take(int64_t threads) {
     if (threads < 2 || taken_.exchange(true)) return 1;
-    while (present_ < threads - 1) {
-      try {
-        std::thread([this, index = present_] { serve(index); }).detach();
-      } catch (const std::system_error&) {
-        break;  // the system has no more threads
-      }
-      ++present_;
-    }
+    if (present_ < threads - 1) hire(threads);
     const int64_t helpers = std::min(threads - 1, present_);
     if (helpers == 0) {
       taken_.store(false);
@@ -95,6 +98,26 @@ class Helpers {
   }
 
  private:
+  // As many helpers as the system has threads for.
+  void hire(int64_t threads) {
+    try {
+#if defined(__linux__)
+      const cpu_set_t where = processors(threads);
+#endif
+      while (present_ < threads - 1) {
+        std::thread helper([this, index = present_] { serve(index); });
+#if defined(__linux__)
+        if (CPU_COUNT(&where) > 0) {
+          pthread_setaffinity_np(helper.native_handle(), sizeof(where), &where);
+        }
+#endif
+        helper.detach();
+        ++present_;
+      }
+    } catch (const std::exception&) {  // with those there are
+    }
+  }
+
   // Ends a step: nobody begins a piece any more, and those that did have ended.
   struct Closing {
     Helpers& helpers;
@@ -125,9 +148,6 @@ class Helpers {
   }
 
   [[noreturn]] void serve(int64_t index) {
-#if defined(__linux__)
-    pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &processors());
-#endif
     int64_t served = 0;
     for (int looks = 0;;) {
       if (const int64_t step = call_for(index, served)) {

@@ -17,75 +17,105 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from effnet_kernels import backends
 from effnet_kernels.layers.remembered import HOOKS
 from effnet_kernels.ops.prepared import PreparedNetwork, PreparedStage
 
 _Stages = Callable[[Any], Sequence[PreparedStage] | None]
 _values = dict.values
 _training = operator.itemgetter("training")
+_hooks = operator.itemgetter(*HOOKS)
 _version = operator.attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 
 
-class _Tensors:
-    """The parameters and buffers of a module and those below, as they are now."""
+class _State:
+    """A module with everything below it that its network hangs on, as it was, and the network.
 
-    def __init__(self, dicts: list[Any]) -> None:
-        self._tensors = _present(dicts)
-        self._versions = list(map(_version, self._tensors))
+    The module's own ``forward`` and hooks are not among it: whoever calls the module runs them.
+    """
+
+    def __init__(self, module: nn.Module, find: _Stages) -> None:
+        scripted = torch.jit.ScriptModule
+        modules = [m for m in module.modules() if not isinstance(m, scripted)]
+        self._attributes = [m.__dict__ for m in modules]
+        self._child_dicts = [m.__dict__["_modules"] for m in modules]
+        self._children = _present(self._child_dicts)
+        self._tensor_dicts = [
+            m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")
+        ]
+        self._tensors = _present(self._tensor_dicts)
+        self._versions = _versions(self._tensors)
+        # Held, so that no other tensor gets their memory, and a pointer says which it is.
+        self._memory = [tensor.detach() for tensor in self._tensors]
         self._pointers = list(map(_data_ptr, self._tensors))
+        packable = (
+            self._versions is not None
+            and all(tensor.is_cpu for tensor in self._tensors)
+            and not any(isinstance(child, scripted) for child in self._children)
+            and not self.is_bypassing_something()
+        )
+        stages = find(module) if packable else None
+        self.network = PreparedNetwork(stages) if stages else None
 
-    def stay(self, dicts: list[Any]) -> bool:
-        now = _present(dicts)
+    def is_bypassing_something(self) -> bool:
+        """Whether the network would leave out what a child does when it is called."""
+        below = self._attributes[1:]
         return (
-            _same(now, self._tensors)
-            and list(map(_version, now)) == self._versions
-            and list(map(_data_ptr, now)) == self._pointers
+            any(map(_training, self._attributes))
+            or any(chain.from_iterable(map(_hooks, below)))
+            or any("forward" in attributes for attributes in below)
+        )
+
+    def stays(self) -> bool:
+        """Whether children, parameters and buffers are those that the network was made of."""
+        if not _same(_present(self._child_dicts), self._children):
+            return False
+        tensors = _present(self._tensor_dicts)
+        return (
+            _same(tensors, self._tensors)
+            and _versions(tensors) == self._versions
+            and list(map(_data_ptr, tensors)) == self._pointers
         )
 
 
 class _Prepared:
-    """The network of one module, made again when its weights have changed.
-
-    It does not keep the module alive.
-    """
+    """The network of one module, made again when its weights have changed."""
 
     def __init__(self, module: nn.Module, find: _Stages) -> None:
         self._find = find
-        self._look_at(module)
-
-    def _look_at(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._attributes = [m.__dict__ for m in modules]
-        self._child_dicts = [m.__dict__["_modules"] for m in modules]
-        self._children = list(chain.from_iterable(map(_values, self._child_dicts)))
-        self._tensor_dicts = [
-            m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")
-        ]
-        self._hooks = [m.__dict__[name] for m in modules[1:] for name in HOOKS]
-        self._tensors = _Tensors(self._tensor_dicts)
-        stages = self._find(module)
-        self._network = PreparedNetwork(stages) if stages else None
+        self._state = _State(module, find)
 
     def network(self, module: nn.Module) -> PreparedNetwork | None:
         """The network that stands in for ``module`` as it is now, or None."""
-        if any(self._hooks) or any(map(_training, self._attributes)):
+        state = self._state
+        if state.is_bypassing_something():
             return None
-        children = list(chain.from_iterable(map(_values, self._child_dicts)))
-        if not (_same(children, self._children) and self._tensors.stay(self._tensor_dicts)):
-            self._look_at(module)
-        return self._network
+        if not state.stays():
+            # In one assignment: what cannot be finished, or another thread sees, is all old or new.
+            state = self._state = _State(module, self._find)
+            if state.is_bypassing_something():
+                return None
+        return state.network
 
 
 _PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
 
 
-def _present(dicts: list[Any]) -> list[Tensor]:
-    return [t for t in chain.from_iterable(map(_values, dicts)) if t is not None]
+def _present(dicts: list[Any]) -> list[Any]:
+    return [value for value in chain.from_iterable(map(_values, dicts)) if value is not None]
 
 
 def _same(now: list[Any], before: list[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _versions(tensors: list[Any]) -> list[int] | None:
+    """How often each was changed, or None where that is not counted: under inference mode."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return None
 
 
 def prepare_module(module: nn.Module, find: _Stages) -> bool:
@@ -133,6 +163,7 @@ def prepared_network(module: nn.Module, input: Tensor) -> PreparedNetwork | None
         entry is None
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or nn_module._has_any_global_hook()
+        or not backends.takes_as_given(input)
     ):
         return None
     network = entry.network(module)

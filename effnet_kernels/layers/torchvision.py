@@ -303,6 +303,8 @@ def _conv_norm_stages(module: Any) -> Sequence[PreparedStage] | None:
 
 def _network_stages(model: EfficientNet) -> Sequence[PreparedStage] | None:
     """``model`` up to its logits, or None where a part is not the usual or not prepared."""
+    if type(model.features) is not nn.Sequential or type(model.classifier) is not nn.Sequential:
+        return None
     modules: list[nn.Module] = []
     for child in model.features:
         modules += child if type(child) is nn.Sequential else [child]
@@ -314,13 +316,12 @@ def _network_stages(model: EfficientNet) -> Sequence[PreparedStage] | None:
         stages += found
     pool, classifier = model.avgpool, list(model.classifier)
     if (
-        type(model.features) is not nn.Sequential
-        or type(pool) is not nn.AdaptiveAvgPool2d
+        type(pool) is not nn.AdaptiveAvgPool2d
         or pool.output_size not in (1, (1, 1))
         or [type(part) for part in classifier] != [nn.Dropout, nn.Linear]
     ):
         return None
-    linear = prepare_linear(classifier[1].weight, classifier[1].bias)
+    linear = prepare_linear(classifier[1].weight, classifier[1].bias)  # type: ignore[arg-type]
     return [*stages, prepare_average_pool(linear.in_channels, linear.dtype), linear]
 
 

@@ -27,6 +27,7 @@ from effnet_kernels.ops import checks
 from effnet_kernels.ops.block import (
     ConvBn,
     SqueezeExcite,
+    check_conv_bn,
     check_pointwise,
     flat_conv_bn,
     kernel_stages,
@@ -77,9 +78,12 @@ def prepare_mbconv(
         TypeError, ValueError: as ``mbconv``.
         RuntimeError: there are no CPU kernels.
     """
-    first = depthwise if expand is None else expand
-    channels = first.weight.shape[0 if expand is None else 1]
-    kernel = depthwise.weight.shape[2]
+    check_conv_bn("depthwise", depthwise)
+    checks.check_image("depthwise.weight", depthwise.weight)
+    channels, _, kernel, _ = depthwise.weight.shape
+    if expand is not None:
+        check_conv_bn("expand", expand)
+        channels = _in_channels("expand.weight", expand.weight)
     like = _example(depthwise.weight, channels, kernel)
     checked = check_mbconv(
         like, expand, depthwise, squeeze_excite, project, stride, padding, residual
@@ -103,6 +107,8 @@ def prepare_fused_mbconv(
         TypeError, ValueError: as ``fused_mbconv``.
         RuntimeError: there are no CPU kernels.
     """
+    check_conv_bn("expand", expand)
+    checks.check_image("expand.weight", expand.weight)
     _, channels, kernel, _ = expand.weight.shape
     like = _example(expand.weight, channels, kernel)
     checked = check_fused_mbconv(like, expand, None, project, stride, padding, residual)
@@ -120,7 +126,8 @@ def prepare_pointwise_conv_bn_act(conv: ConvBn) -> PreparedStage:
         TypeError, ValueError: as ``pointwise_conv_bn_act``.
         RuntimeError: there are no CPU kernels.
     """
-    channels = conv.weight.shape[1]
+    check_conv_bn("conv", conv)
+    channels = _in_channels("conv.weight", conv.weight)
     like = _example(conv.weight, channels, 1)
     check_pointwise("conv", conv, like, channels, True, False)
     (conv,) = kernel_stages((conv,), like)
@@ -143,6 +150,7 @@ def prepare_linear(
         RuntimeError: there are no CPU kernels.
     """
     activation_code("activation", activation)
+    _in_channels("weight", weight)
     mean, var = (weight.new_full((weight.shape[0],), value) for value in (0, 1))
     return prepare_pointwise_conv_bn_act(ConvBn(weight, mean, var, None, bias, 0.0, activation))
 
@@ -184,10 +192,10 @@ class PreparedNetwork:
 
     @property
     def features(self) -> PreparedNetwork:
-        """The stages before the pool."""
+        """The stages before the pool; all where that is the first."""
         if self._features is None:
             pool = [i for i, stage in enumerate(self.stages) if stage.pools]
-            self._features = PreparedNetwork(self.stages[: pool[0]]) if pool else self
+            self._features = PreparedNetwork(self.stages[: pool[0]]) if any(pool) else self
         return self._features
 
     def takes(self, input: Tensor) -> bool:
@@ -250,6 +258,15 @@ class PreparedNetwork:
             if stage.pools:
                 height = width = 1
         return paddings
+
+
+def _in_channels(argument: str, weight: Tensor) -> int:
+    """C of a (K, C) or (K, C, 1, 1) weight."""
+    if weight.ndim not in (2, 4):
+        raise ValueError(
+            f"{argument}: got shape {tuple(weight.shape)}, expected (K, C) or (K, C, 1, 1)"
+        )
+    return weight.shape[1]
 
 
 def _example(weight: Tensor, channels: int, kernel: int) -> Tensor:

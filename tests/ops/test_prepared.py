@@ -168,6 +168,27 @@ def test_stages_that_do_not_fit() -> None:
         PreparedNetwork([])
 
 
+def test_residual_of_another_shape() -> None:
+    """A padding that makes an output of the input's shape at one extent, and not at another."""
+    torch.manual_seed(0)
+    arguments = (None, conv_bn(6, 1, 3, 3), None, conv_bn(6, 6, 1, 1), 2, 2)
+    network = PreparedNetwork([prepare_mbconv(*arguments, residual=True)])
+    assert network(torch.zeros(1, 6, 3, 3)).shape == (1, 6, 3, 3)
+    with pytest.raises(RuntimeError, match="stage 0 adds its input, whose shape"):
+        network(torch.zeros(1, 6, 1, 1))
+
+
+def test_images_after_a_pool() -> None:
+    """What follows a pool takes vectors."""
+    torch.manual_seed(0)
+    stages = [
+        prepare_average_pool(6, torch.float32),
+        prepare_fused_mbconv(conv_bn(8, 6, 3, 3), None),
+    ]
+    with pytest.raises(RuntimeError, match="stage 1 takes images, not the vectors"):
+        PreparedNetwork([stages[0], stages[1]._replace(padding=1)])(torch.zeros(3, 6, 4, 4))
+
+
 def test_wrong_weights() -> None:
     """The ops' own checks."""
     torch.manual_seed(0)
@@ -178,6 +199,10 @@ def test_wrong_weights() -> None:
         prepare_mbconv(None, depthwise, None, conv_bn(8, 6, 1, 1), residual=True)
     with pytest.raises(ValueError, match="activation"):
         prepare_linear(torch.zeros(2, 3), None, "gelu")
+    with pytest.raises(ValueError, match=r"weight: got shape \(3,\), expected \(K, C\)"):
+        prepare_linear(torch.zeros(3), None)
+    with pytest.raises(ValueError, match=r"expand\.weight: got 2 dimensions"):
+        prepare_fused_mbconv(conv_bn(8, 6), None)
     on_meta = project._replace(weight=project.weight.to("meta"))
     with pytest.raises(ValueError, match="weight: got a tensor on meta, expected cpu"):
         prepare_pointwise_conv_bn_act(on_meta)
