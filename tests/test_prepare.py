@@ -292,9 +292,12 @@ def test_patched_forward_runs() -> None:
     model = prepare(stock)
     seen: list[nn.Module] = []
     model.classifier = nn.Linear(model.classifier.in_features, 3).eval()
-    model.classifier.register_forward_hook(lambda m, i, o: seen.append(m))
+    handle = model.classifier.register_forward_hook(lambda m, i, o: seen.append(m))
     run(model, images())
     assert seen == [model.classifier]
+    handle.remove()
+    run(model, images())  # which packs the new child
+    assert_prepared(model, images())
 
 
 def test_other_devices_and_inference_tensors() -> None:

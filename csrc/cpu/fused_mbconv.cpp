@@ -128,16 +128,8 @@ Tensor prepare(const Tensor& like, const FusedMbconv& a) {
   pieces.add(sizeof(Prepared));
   p.layout = Layout(a, k.format, pieces);
   p.arguments = a;
-  p.header = {StageHeader::kMagic,
-              pieces.bytes(),
-              StageHeader::Kind::fused_mbconv,
-              a.dtype,
-              StageHeader::current_isa(),
-              a.in_channels,
-              a.out_channels,
-              a.shape.kernel,
-              a.shape.stride,
-              a.residual != nullptr};
+  p.header = StageHeader(StageHeader::Kind::fused_mbconv, a.dtype, pieces.bytes(), a.in_channels,
+                         a.out_channels, a.shape.kernel, a.shape.stride, a.residual != nullptr);
   Tensor packed = empty_bytes(like, pieces.bytes());
   std::memcpy(packed.mutable_data_ptr(), &p, sizeof(p));
   pack(a, k, make_plan(a, k), p.layout.in(packed.mutable_data_ptr()));
@@ -202,14 +194,7 @@ void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tenso
 std::unique_ptr<Stage> fused_mbconv_stage(const void* packed, const StagePlace& place) {
   const Prepared& p = *static_cast<const Prepared*>(packed);
   FusedMbconv a = p.arguments;
-  ConvShape& s = a.shape;
-  s.batch = 1;
-  s.in_h = static_cast<int>(place.input.height);
-  s.in_w = static_cast<int>(place.input.width);
-  s.out_h = static_cast<int>(place.output.height);
-  s.out_w = static_cast<int>(place.output.width);
-  s.pad_top = static_cast<int>(place.pad_top);
-  s.pad_left = static_cast<int>(place.pad_left);
+  place.put_into(a.shape);
   // Only read from here on.
   const FusedMbconvWeights weights = p.layout.in(const_cast<void*>(packed));
   return std::make_unique<FusedMbconvStage>(a, weights, p.header.bytes, a.residual != nullptr);

@@ -223,16 +223,8 @@ Tensor prepare(const Tensor& like, const MbconvInference& a) {
   p.excite_weight = pieces.add(matrix);
   p.excite_bias = pieces.add(g.channels * size);
   p.arguments = a;
-  p.header = {StageHeader::kMagic,
-              pieces.bytes(),
-              StageHeader::Kind::mbconv,
-              a.dtype,
-              StageHeader::current_isa(),
-              a.in_channels,
-              a.out_channels,
-              a.shape.kernel,
-              a.shape.stride,
-              a.residual};
+  p.header = StageHeader(StageHeader::Kind::mbconv, a.dtype, pieces.bytes(), a.in_channels,
+                         a.out_channels, a.shape.kernel, a.shape.stride, a.residual);
   Tensor packed = empty_bytes(like, pieces.bytes());
   void* memory = packed.mutable_data_ptr();
   std::memcpy(memory, &p, sizeof(p));
@@ -310,14 +302,7 @@ Tensor block(Tensor image, OptionalTensor expand_weight, OptionalTensor expand_m
 std::unique_ptr<Stage> mbconv_stage(const void* packed, const StagePlace& place) {
   const Prepared& p = *static_cast<const Prepared*>(packed);
   MbconvInference a = p.arguments;
-  ConvShape& s = a.shape;
-  s.batch = 1;
-  s.in_h = static_cast<int>(place.input.height);
-  s.in_w = static_cast<int>(place.input.width);
-  s.out_h = static_cast<int>(place.output.height);
-  s.out_w = static_cast<int>(place.output.width);
-  s.pad_top = static_cast<int>(place.pad_top);
-  s.pad_left = static_cast<int>(place.pad_left);
+  place.put_into(a.shape);
   SqueezeExciteGate& g = a.gate;
   if (g.reduce_weight != nullptr) {
     g.pixels = place.output.pixels();

@@ -130,16 +130,8 @@ Tensor prepare(Tensor image, Tensor weight, Tensor mean, Tensor var, OptionalTen
   pieces.add(sizeof(Prepared));
   p.matrix = pieces.add(k.format.matrix_bytes(a.out_channels, a.in_channels));
   p.arguments = a;
-  p.header = {StageHeader::kMagic,
-              pieces.bytes(),
-              StageHeader::Kind::pointwise,
-              a.dtype,
-              StageHeader::current_isa(),
-              a.in_channels,
-              a.out_channels,
-              1,
-              1,
-              false};
+  p.header = StageHeader(StageHeader::Kind::pointwise, a.dtype, pieces.bytes(), a.in_channels,
+                         a.out_channels);
   Tensor packed = empty_bytes(input, pieces.bytes());
   void* memory = packed.mutable_data_ptr();
   std::memcpy(memory, &p, sizeof(p));

@@ -238,16 +238,8 @@ Tensor prepare_pool(Tensor image) {
   const Checks check("average_pool_prepare", "input", image);
   STD_TORCH_CHECK(image.dim() == 4, "average_pool_prepare: input must be (N, C, H, W)");
   const int channels = check.integer("input.size(1)", image.size(1), 1, kMaxExtent);
-  const StageHeader header{StageHeader::kMagic,
-                           sizeof(StageHeader),
-                           StageHeader::Kind::pool,
-                           check.dtype(),
-                           StageHeader::current_isa(),
-                           channels,
-                           channels,
-                           1,
-                           1,
-                           false};
+  const StageHeader header(StageHeader::Kind::pool, check.dtype(), sizeof(StageHeader), channels,
+                           channels);
   const Tensor packed = empty_bytes(image, sizeof(header));
   std::memcpy(packed.mutable_data_ptr(), &header, sizeof(header));
   return packed;

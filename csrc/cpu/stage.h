@@ -59,7 +59,21 @@ struct StageHeader {
   int32_t kernel, stride;
   bool residual;  // the input is added
 
-  // The kernels in use.
+  // For the kernels in use.
+  StageHeader(Kind kind, Dtype dtype, int64_t bytes, int in_channels, int out_channels,
+              int kernel = 1, int stride = 1, bool residual = false)
+      : magic(kMagic),
+        bytes(bytes),
+        kind(kind),
+        dtype(dtype),
+        isa(current_isa()),
+        in_channels(in_channels),
+        out_channels(out_channels),
+        kernel(kernel),
+        stride(stride),
+        residual(residual) {}
+  StageHeader() = default;
+
   static int32_t current_isa() {
     return 2 * static_cast<int32_t>(cpu_isa()) + (cpu_isa() == Isa::avx512 && has_avx512bf16());
   }
@@ -69,6 +83,17 @@ struct StageHeader {
 struct StagePlace {
   ImageShape input, output;
   int64_t pad_top, pad_left;
+
+  // The convolution of a block on one such image; its channels, kernel and stride are the block's.
+  void put_into(ConvShape& s) const {
+    s.batch = 1;
+    s.in_h = static_cast<int>(input.height);
+    s.in_w = static_cast<int>(input.width);
+    s.out_h = static_cast<int>(output.height);
+    s.out_w = static_cast<int>(output.width);
+    s.pad_top = static_cast<int>(pad_top);
+    s.pad_left = static_cast<int>(pad_left);
+  }
 };
 
 // The stages from their packed weights, which outlive them.

@@ -92,10 +92,11 @@ class _Prepared:
         if state.is_bypassing_something():
             return None
         if not state.stays():
-            # In one assignment: what cannot be finished, or another thread sees, is all old or new.
-            state = self._state = _State(module, self._find)
+            state = _State(module, self._find)
             if state.is_bypassing_something():
-                return None
+                return None  # and nothing was packed, which is no state to stay in
+            # In one assignment: what cannot be finished, or another thread sees, is all old or new.
+            self._state = state
         return state.network
 
 

@@ -608,11 +608,6 @@ def _flattens(pool: Any) -> bool:
     return getattr(pool.pool, "flatten", False) is True or type(pool.flatten) is nn.Flatten
 
 
-def network_refusal(model: MobileNetV3) -> str | None:
-    """Why the blocks of ``model`` cannot be one network, or None."""
-    return stem_refusal(model)
-
-
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         InvertedResidual,
@@ -637,6 +632,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(EfficientNet, FusedEfficientNet, head_refusal, _efficientnet_stages),
 )
 NETWORKS: tuple[Adapter, ...] = (
-    Adapter(MobileNetV3, PreparedMobileNetV3, network_refusal, _mobilenetv3_stages),
+    Adapter(MobileNetV3, PreparedMobileNetV3, stem_refusal, _mobilenetv3_stages),
 )
 """Models of which nothing but their blocks is fused until they are prepared."""
