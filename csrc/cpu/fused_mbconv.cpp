@@ -26,18 +26,30 @@ constexpr KernelsByIsa<FusedMbconvKernels> kernels_for =
 
 // What a band takes of a core's L2: its input and its part of the expanded tensor. The weights pass
 // by, once a band.
-constexpr int64_t kBandBytes = 160 * 1024;
+constexpr int64_t kBandBytes = 320 * 1024;
 // Pixels of a band, if they fit: the weights are then no traffic to speak of.
-constexpr int64_t kBandPixels = 256;
+constexpr int64_t kBandPixels = 512;
 // Bands, if there are rows enough: several for each thread of a large machine.
 constexpr int64_t kBands = 64;
+
+// Channels from which on the transforms of winograd.h cost less than the products they save.
+constexpr int kWinogradChannels = 16;
+
+// Of the weights alone: they may be packed before there is an image.
+bool takes_winograd(const FusedMbconv& a, const GemmFormat& f) {
+  const bool exact = f.value_bytes == f.accumulate_bytes;  // kTransforms
+  return exact && a.shape.kernel == 3 && a.shape.stride == 1 &&
+         std::min(a.in_channels, a.shape.channels) >= kWinogradChannels;
+}
 
 FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
   const ConvShape& s = a.shape;
   const GemmFormat& f = k.format;
   FusedMbconvPlan p{};
-  p.pixel = static_cast<int>(f.depth(a.in_channels));
-  p.in_columns = (s.out_w - 1) * s.stride + s.kernel;
+  p.winograd = takes_winograd(a, f);
+  p.pixel = static_cast<int>(p.winograd ? f.padded(a.in_channels) : f.depth(a.in_channels));
+  const int results = static_cast<int>(p.winograd ? ceil_div(s.out_w, 2) * 2 : s.out_w);
+  p.in_columns = (results - 1) * s.stride + s.kernel;
   p.expand_panels = f.panels(s.channels);
   p.project_panels = a.project_weight == nullptr ? 0 : f.panels(a.out_channels);
   p.padded_channels = f.padded(s.channels);
@@ -47,8 +59,10 @@ FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
                                  ceil_div(s.batch * s.out_h, kBands)});
   p.bands = ceil_div(s.out_h, std::max<int64_t>(rows, 1));
   p.band_rows = static_cast<int>(ceil_div(s.out_h, p.bands));
+  if (p.winograd) p.band_rows = static_cast<int>(ceil_div(p.band_rows, 2) * 2);
   p.bands = ceil_div(s.out_h, p.band_rows);
   p.in_rows = (p.band_rows - 1) * s.stride + s.kernel;
+  p.tiles = p.winograd ? int64_t{p.band_rows} / 2 * results / 2 : 0;
   return p;
 }
 
@@ -57,7 +71,10 @@ struct Layout {
   Layout() = default;
   Layout(const FusedMbconv& a, const GemmFormat& f, Pieces& pieces) {
     const int64_t taps = int64_t{a.shape.kernel} * a.shape.kernel;
-    expand = pieces.add(f.matrix_bytes(a.shape.channels, taps * f.depth(a.in_channels)));
+    expand =
+        pieces.add(takes_winograd(a, f)
+                       ? f.kPositions * f.matrix_bytes(f.padded(a.shape.channels), a.in_channels)
+                       : f.matrix_bytes(a.shape.channels, taps * f.depth(a.in_channels)));
     project = pieces.add(a.project_weight ? f.matrix_bytes(a.out_channels, a.shape.channels) : 0);
   }
 
@@ -79,9 +96,17 @@ void run_bands(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbc
   const ConvShape& s = a.shape;
   const GemmFormat& f = k.format;
   team.share(s.batch * p.bands, 1, [&](int64_t begin, int64_t end) {
-    const Memory band(p.in_rows * p.row() * f.value_bytes);
-    const Memory expanded(int64_t{p.band_rows} * s.out_w * p.expanded * f.value_bytes + 1);
-    k.run(a, p, weights, begin, end, band.get(), expanded.get(), sums);
+    Pieces pieces;
+    const int64_t input = pieces.add(p.in_rows * p.row() * f.value_bytes);
+    const int64_t expanded =
+        pieces.add(int64_t{p.band_rows} * s.out_w * p.expanded * f.value_bytes);
+    const int64_t transformed = f.kPositions * p.tiles * f.accumulate_bytes;
+    const int64_t windows = pieces.add(transformed * p.pixel);
+    const int64_t products = pieces.add(transformed * f.widest_panel());
+    const Memory memory(pieces.bytes());
+    const FusedMbconvScratch scratch{at(memory.get(), input), at(memory.get(), expanded),
+                                     at(memory.get(), windows), at(memory.get(), products)};
+    k.run(a, p, weights, begin, end, scratch, sums);
   });
 }
 

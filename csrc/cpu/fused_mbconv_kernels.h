@@ -3,23 +3,40 @@
 //   input (rows under a band) --convert_rows, zeros--> windows --multiply_panel--> expanded (pixels
 //   of the band, M) --multiply_rows--> + residual --> output (pixels of the band, K)
 //
+// or, in the place of windows and multiply_panel, what winograd.h does.
+//
 // A band's part of the expanded tensor is made from L2 and used from there.
 #pragma once
 
 #include "fused_mbconv.h"
 #include "gemm.h"
+#include "winograd.h"
 
 namespace effnet {
 namespace EFFNET_ISA {
 namespace {
 
 template <class T>
+void pack_expand(const FusedMbconv& a, const FusedMbconvPlan& p, const FusedMbconvWeights& w,
+                 int64_t begin, int64_t end) {
+  const ConvShape& s = a.shape;
+  const T* weight = static_cast<const T*>(a.expand_weight);
+  if constexpr (kTransforms<T>) {
+    if (p.winograd) {
+      pack_winograd(w.expand, weight, a.expand_bn, s.channels, a.in_channels, begin, end);
+      return;
+    }
+  }
+  pack_panels(w.expand, weight, a.expand_bn, s.channels, s.kernel * s.kernel, a.in_channels, begin,
+              end);
+}
+
+template <class T>
 void pack(const FusedMbconv& a, const FusedMbconvPlan& p, const FusedMbconvWeights& w,
           int64_t begin, int64_t end) {
   const int64_t first = p.expand_panels;
   if (begin < first) {
-    pack_panels(w.expand, static_cast<const T*>(a.expand_weight), a.expand_bn, a.shape.channels,
-                a.shape.kernel * a.shape.kernel, a.in_channels, begin, lesser(end, first));
+    pack_expand<T>(a, p, w, begin, lesser(end, first));
   }
   if (end > first) {
     pack_panels(w.project, static_cast<const T*>(a.project_weight), a.project_bn, a.out_channels, 1,
@@ -46,11 +63,47 @@ void load_band(const FusedMbconv& a, const FusedMbconvPlan& p, const T* image, i
   }
 }
 
+// The convolution of a band by transforms.
+template <class T, class To>
+void convolve_tiles(const FusedMbconv& a, const FusedMbconvPlan& p, void* weight,
+                    const FusedMbconvScratch& scratch, int rows, const GemmOutput<To>& out) {
+  using S = Simd<T>;
+  using F = typename S::Scalar;
+  const ConvShape& s = a.shape;
+  const int columns = (s.out_w + 1) / 2, tile_rows = (rows + 1) / 2;
+  const int64_t tiles = int64_t{tile_rows} * columns;
+  const F* band = static_cast<const F*>(scratch.input);
+  F* windows = static_cast<F*>(scratch.windows);
+  F* products = static_cast<F*>(scratch.products);
+  for (int row = 0; row < tile_rows; ++row) {
+    transform_windows<S>(band + 2 * row * p.row(), p.row(), p.pixel, columns, tiles,
+                         windows + int64_t{row} * columns * p.pixel);
+  }
+  for (int64_t panel = 0; panel < p.expand_panels; ++panel) {
+    const int64_t k = panel * kPanel<S>;
+    const int width = panel_vectors<S>(panel, p.expand_panels, s.channels) * S::lanes;
+    for (int i = 0; i < kPositions; ++i) {
+      GemmOutput<F> product{};
+      product.to = products + i * tiles * width - k;
+      product.stride = width;
+      multiply_panel(Rows<T>(windows + i * tiles * p.pixel, p.pixel), static_cast<int>(tiles),
+                     winograd_matrix<T>(weight, s.channels, a.in_channels, i), panel, product);
+    }
+    transform_products<S>(products, tiles, width, rows, s.out_w,
+                          lesser(int64_t{s.channels} - k, int64_t{width}), out.from_channel(k));
+  }
+}
+
 // The convolution of a band, times all of its matrix.
 template <class T, class To>
-void convolve_band(const FusedMbconv& a, const FusedMbconvPlan& p, const Matrix<T>& matrix,
-                   const typename Products<T>::Value* band, int rows, const GemmOutput<To>& out) {
+void convolve_band(const FusedMbconv& a, const FusedMbconvPlan& p, void* weight,
+                   const FusedMbconvScratch& scratch, int rows, const GemmOutput<To>& out) {
   const ConvShape& s = a.shape;
+  if constexpr (kTransforms<T>) {
+    if (p.winograd) return convolve_tiles<T>(a, p, weight, scratch, rows, out);
+  }
+  const Matrix<T> matrix(weight, s.channels, s.kernel * s.kernel * p.pixel);
+  const auto* band = static_cast<const typename Products<T>::Value*>(scratch.input);
   for (int64_t panel = 0; panel < p.expand_panels; ++panel) {
     GemmOutput<To> to = out;
     for (int row = 0; row < rows; ++row, to.to += s.out_w * to.stride) {
@@ -64,13 +117,11 @@ void convolve_band(const FusedMbconv& a, const FusedMbconvPlan& p, const Matrix<
 
 template <class T>
 void run(const FusedMbconv& a, const FusedMbconvPlan& p, const FusedMbconvWeights& w, int64_t begin,
-         int64_t end, void* input, void* expanded, void* sums) {
+         int64_t end, const FusedMbconvScratch& scratch, void* sums) {
   using F = typename Simd<T>::Scalar;
   using Value = typename Products<T>::Value;
   const ConvShape& s = a.shape;
-  const Matrix<T> expand(w.expand, s.channels, s.kernel * s.kernel * p.pixel);
-  Value* band = static_cast<Value*>(input);
-  Value* z = static_cast<Value*>(expanded);
+  Value* z = static_cast<Value*>(scratch.expanded);
   // A pair of channels may end beyond the last one.
   if (p.expanded > s.channels) clear(z, int64_t{p.band_rows} * s.out_w * p.expanded);
   for (int64_t item = begin; item < end; ++item) {
@@ -78,7 +129,9 @@ void run(const FusedMbconv& a, const FusedMbconvPlan& p, const FusedMbconvWeight
     const int first = static_cast<int>(item % p.bands) * p.band_rows;
     const int rows = lesser(p.band_rows, s.out_h - first);
     const T* image = static_cast<const T*>(a.input) + n * s.in_h * s.in_w * a.in_channels;
-    load_band(a, p, image, first * s.stride - s.pad_top, (rows - 1) * s.stride + s.kernel, band);
+    const int results = p.winograd ? round_up(rows, 2) : rows;
+    load_band(a, p, image, first * s.stride - s.pad_top, (results - 1) * s.stride + s.kernel,
+              static_cast<Value*>(scratch.input));
     const int64_t offset = (n * s.out_h + first) * s.out_w * a.out_channels;
     GemmOutput<T> out{};
     out.to = static_cast<T*>(a.output) + offset;
@@ -91,14 +144,14 @@ void run(const FusedMbconv& a, const FusedMbconvPlan& p, const FusedMbconvWeight
         out.lost = out.sums + p.padded_channels;
         clear(out.sums, 2 * p.padded_channels);
       }
-      convolve_band(a, p, expand, band, rows, out);
+      convolve_band<T>(a, p, w.expand, scratch, rows, out);
       continue;
     }
     GemmOutput<Value> wide{};
     wide.to = z;
     wide.stride = p.expanded;
     wide.activation = a.expand_activation;
-    convolve_band(a, p, expand, band, rows, wide);
+    convolve_band<T>(a, p, w.expand, scratch, rows, wide);
     out.activation = a.project_activation;
     const Matrix<T> project(w.project, a.out_channels, s.channels);
     multiply_rows(Rows<T>(z, p.expanded), rows * s.out_w, project, 0, p.project_panels, out);

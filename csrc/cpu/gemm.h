@@ -185,7 +185,32 @@ struct GemmOutput {
   // Sums over rows [channel] and what rounding took from them, or null. Added to.
   F* sums;
   F* lost;
+
+  // What belongs to channel 0, from channel k on.
+  EFFNET_INLINE GemmOutput from_channel(int64_t k) const {
+    GemmOutput out = *this;
+    out.to += k;
+    if (residual != nullptr) out.residual += k;
+    if (sums != nullptr) {
+      out.sums += k;
+      out.lost += k;
+    }
+    return out;
+  }
 };
+
+// A result, `n` channels of it, with what is added to it, to `offset` values behind out.to.
+template <class S, class To>
+EFFNET_INLINE void store_result(const GemmOutput<To>& out, int64_t offset, int n,
+                                typename S::V& x) {
+  if (n >= S::lanes) {
+    if (out.residual != nullptr) x = x + S::load(out.residual + offset);
+    S::store(out.to + offset, x);
+  } else {
+    if (out.residual != nullptr) x = x + S::load_partial(out.residual + offset, n);
+    S::store_partial(out.to + offset, x, n);
+  }
+}
 
 // The first M rows times one panel of `columns` channels from channel k on, to `out`, which belongs
 // to that channel.
@@ -251,23 +276,8 @@ void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel
   for (int v = 0; v < N; ++v) {
     const int n = columns - v * L;
     if (n <= 0) break;
-    To* to = out.to + v * L;
-    const To* residual = out.residual + v * L;
-    if (n >= L) {
-      EFFNET_UNROLL
-      for (int r = 0; r < M; ++r) {
-        V& x = sum[r * N + v];
-        if (out.residual != nullptr) x = x + S::load(residual + r * out.stride);
-        S::store(to + r * out.stride, x);
-      }
-    } else {
-      EFFNET_UNROLL
-      for (int r = 0; r < M; ++r) {
-        V& x = sum[r * N + v];
-        if (out.residual != nullptr) x = x + S::load_partial(residual + r * out.stride, n);
-        S::store_partial(to + r * out.stride, x, n);
-      }
-    }
+    EFFNET_UNROLL
+    for (int r = 0; r < M; ++r) store_result<S>(out, v * L + r * out.stride, n, sum[r * N + v]);
     if (out.sums != nullptr) {
       V total = sum[v];
       EFFNET_UNROLL
@@ -311,15 +321,9 @@ void multiply_vectors(Rows<T> rows, int count, const Matrix<T>& matrix, int64_t 
 // `count` rows times one panel. `out` belongs to channel 0.
 template <class T, class To>
 void multiply_panel(const Rows<T>& rows, int count, const Matrix<T>& matrix, int64_t panel,
-                    GemmOutput<To> out) {
+                    const GemmOutput<To>& all) {
   using S = Simd<T>;
-  const int64_t k = panel * kPanel<S>;
-  out.to += k;
-  if (out.residual != nullptr) out.residual += k;
-  if (out.sums != nullptr) {
-    out.sums += k;
-    out.lost += k;
-  }
+  const GemmOutput<To> out = all.from_channel(panel * kPanel<S>);
   switch (panel_vectors<S>(panel, matrix.panels, matrix.channels)) {
     case 1:
       multiply_vectors<T, To, 1>(rows, count, matrix, panel, out);

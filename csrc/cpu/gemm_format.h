@@ -10,6 +10,9 @@ namespace effnet {
 
 // The kernels call these too: inlined always, none of them is left to the linker (target.h).
 struct GemmFormat {
+  // Matrices of a convolution by winograd.h.
+  static constexpr int kPositions = 16;
+
   int lanes;
   int step;         // channels that a product takes at a time; rows and matrices are padded to it
   int value_bytes;  // an element of rows and matrices
@@ -24,6 +27,8 @@ struct GemmFormat {
   EFFNET_INLINE int64_t panels(int64_t channels) const {
     return vectors(channels) < 2 ? 1 : vectors(channels) / 2;
   }
+  // Output channels of a panel, at most.
+  EFFNET_INLINE int64_t widest_panel() const { return 3 * lanes; }
   // Whether the rows of a tensor can be multiplied where they lie.
   EFFNET_INLINE bool takes(int64_t element_bytes, int64_t in_channels) const {
     return element_bytes == value_bytes && in_channels % step == 0;

@@ -24,7 +24,9 @@ with SE                + 3e                 + 3e                 + 2e
 On a GPU that is one launch, and the expanded tensor lives in registers and shared memory: the
 second convolution is 1x1, so no tile needs its neighbours. With squeeze-and-excitation the gate
 needs all of e before any of it is projected, and e is written: three launches. On the CPU a block
-of pixels goes through both products in one thread's caches.
+of pixels goes through both products in one thread's caches; a 3x3 convolution with stride 1 takes
+16 products there for the 36 of a tile of 2x2 results (``csrc/cpu/winograd.h``), where products are
+of the accumulate dtype.
 
 Source: "EfficientNetV2: Smaller Models and Faster Training" (arXiv:2104.00298); the block is from
 "EfficientNet-EdgeTPU" (Gupta and Tan, Google AI blog, 2019).

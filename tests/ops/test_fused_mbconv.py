@@ -126,6 +126,37 @@ def test_bands(height: int) -> None:
     check(Case(1, 3, 5, 4, height + 3, 4, kernel=5, stride=2), torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("height", range(1, 8))
+def test_tiles_of_two_by_two(height: int) -> None:
+    """On the CPU a 3 x 3 convolution of stride 1 goes by tiles of 2 x 2 results, not all whole."""
+    for width in range(1, 8):
+        padding = ((1, 1, 1, 1), (0, 2, 2, 0), (2, 1, 1, 1), (2, 2, 2, 2))[(height + width) % 4]
+        same = padding[0] + padding[2] == padding[1] + padding[3] == 2
+        check(
+            Case(2, 21, 37, 21, height, width, padding=padding, residual=same),
+            torch.float32, "cpu",
+        )  # fmt: skip
+        check(
+            Case(2, 19, 19, 0, height, width, padding=padding, residual=same, activation="relu"),
+            torch.float32, "cpu",
+        )  # fmt: skip
+        check(Case(1, 16, 41, 9, height, width, padding=padding, squeezed=5), torch.float32, "cpu")
+
+
+def test_what_is_not_finite_stays_in_its_windows() -> None:
+    """A tile's transforms bring no NaN to results whose window does not have it."""
+    arguments = make_arguments(Case(1, 16, 24, 0, 9, 8, padding=1), torch.float32, "cpu")
+    clean = run(arguments, "cpu")
+    for row, column in ((0, 0), (3, 4), (4, 3), (8, 7)):
+        image = arguments["input"].clone()
+        image[0, 5, row, column] = float("nan")
+        output = run({**arguments, "input": image}, "cpu")
+        inside = torch.zeros(9, 8, dtype=torch.bool)
+        inside[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+        assert output[..., inside].isnan().all()
+        assert torch.equal(output[..., ~inside], clean[..., ~inside])
+
+
 def test_float64() -> None:
     """float64 tensors are computed in float64."""
     for case in (CASES[0], CASES[2], CASES[6]):
