@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -21,8 +22,8 @@ namespace {
 // are read once for all of them.
 constexpr int64_t kSegmentBytes = 1 << 20;
 
-// Images that a thread takes at a time, at most: so few that threads even out, and so many that the
-// weights, which no cache keeps, are read seldom.
+// Images that a thread takes through a segment at a time, at most: so few that what is between two
+// segments is not much memory, and so many that the weights, which no cache keeps, are read seldom.
 constexpr int64_t kImages = 8;
 
 // Stages [first, last).
@@ -70,86 +71,113 @@ void interleave(const void* planes, void* image, const ImageShape& shape, int64_
   });
 }
 
-// The images that one thread takes through all stages.
+// Images on their way through all stages. Of an image only what lies between two segments is kept
+// beside the others'; what is within one is its thread's.
 class Images {
  public:
   // planar: the first stage's input are channel planes.
-  Images(const Stages& stages, const std::vector<Segment>& segments, int64_t element, int64_t count,
-         bool planar)
-      : stages_(stages), segments_(segments), element_(element), planar_(planar) {
+  Images(const Stages& stages, Dtype dtype, int64_t count, bool planar)
+      : stages_(stages),
+        segments_(segments_of(stages)),
+        element_(element_size(dtype)),
+        planar_(planar) {
     int64_t within = 0, between = 0, scratch = 0;
-    for (const Segment& s : segments) {
+    for (const Segment& s : segments_) {
       for (size_t i = s.first; i + 1 < s.last; ++i) within = std::max(within, bytes(*stages[i]));
       if (s.last < stages.size()) between = std::max(between, bytes(*stages[s.last - 1]));
     }
     for (const auto& stage : stages) scratch = std::max(scratch, stage->scratch_bytes());
+    for (int64_t& offset : within_) offset = own_.add(within);
+    scratch_ = own_.add(scratch);
+    interleaved_ = own_.add(planar ? stages.front()->input.values() * element_ : 0);
     Pieces pieces;
-    for (int64_t& offset : within_) offset = pieces.add(within);
     for (int64_t& offset : between_) offset = pieces.add(between * count);
-    scratch_ = pieces.add(scratch);
-    interleaved_ = pieces.add(planar ? stages.front()->input.values() * element : 0);
     memory_ = std::make_unique<Memory>(pieces.bytes());
   }
 
-  void run(const void* input, void* output, int64_t count, Team& team) const {
+  // One after the other, every step of each divided.
+  void in_turn(const void* input, void* output, int64_t count, Team& team) const {
+    const Memory own(own_.bytes());
+    for_segments(input, output, [&](const auto& run) {
+      for (int64_t n = 0; n < count; ++n) run(n, own.get(), team);
+    });
+  }
+
+  // Each in one thread's caches. A thread that has done an image takes the next, and all have
+  // ended a segment before one begins the next: they read its weights together, and wait for no
+  // more than an image's part of it.
+  void side_by_side(const void* input, void* output, int64_t count, Team& team) const {
+    for_segments(input, output, [&](const auto& run) {
+      std::atomic<int64_t> next{0};
+      team.divide(team.threads(), 1, [&](int64_t, int64_t) {
+        // The thread's allocator gives it the same memory in the next segment.
+        const Memory own(own_.bytes());
+        Team alone = Team::alone();
+        for (int64_t n; (n = next.fetch_add(1)) < count;) run(n, own.get(), alone);
+      });
+    });
+  }
+
+ private:
+  // body(run) for each segment, where run(n, own, team) takes image n through it.
+  template <class Body>
+  void for_segments(const void* input, void* output, const Body& body) const {
     const void* from = input;
     for (size_t k = 0; k < segments_.size(); ++k) {
       const Segment& s = segments_[k];
-      const bool last = s.last == stages_.size();
-      void* to = last ? output : memory(between_[k % 2]);
-      const int64_t from_bytes = stages_[s.first]->input.values() * element_;
-      const int64_t to_bytes = bytes(*stages_[s.last - 1]);
-      for (int64_t n = 0; n < count; ++n) {
-        const void* x = at(from, n * from_bytes);
+      void* to = s.last == stages_.size() ? output : memory(between_[k % 2]);
+      body([&](int64_t n, void* own, Team& team) {
+        const void* x = at(from, n * stages_[s.first]->input.values() * element_);
         if (planar_ && k == 0) {
-          interleave(x, memory(interleaved_), stages_.front()->input, element_, team);
-          x = memory(interleaved_);
+          interleave(x, at(own, interleaved_), stages_.front()->input, element_, team);
+          x = at(own, interleaved_);
         }
         for (size_t i = s.first; i < s.last; ++i) {
-          void* y = i + 1 == s.last ? at(to, n * to_bytes) : memory(within_[i % 2]);
-          stages_[i]->run(x, y, memory(scratch_), team);
+          void* y = i + 1 == s.last ? at(to, n * bytes(*stages_[i])) : at(own, within_[i % 2]);
+          stages_[i]->run(x, y, at(own, scratch_), team);
           x = y;
         }
-      }
+      });
       from = to;
     }
   }
 
- private:
   int64_t bytes(const Stage& stage) const { return stage.output.values() * element_; }
   void* memory(int64_t offset) const { return at(memory_->get(), offset); }
 
   const Stages& stages_;
-  const std::vector<Segment>& segments_;
+  const std::vector<Segment> segments_;
   const int64_t element_;
   const bool planar_;
   int64_t within_[2], between_[2], scratch_, interleaved_;
+  Pieces own_;  // of a thread
   std::unique_ptr<Memory> memory_;
 };
 
 }  // namespace
 
-// As many images as there are threads go side by side, each in one thread's caches; those that are
-// left over, and all of a small batch, one after the other with every step divided.
+// As many images as there are threads, or a multiple, go side by side; those that are left over,
+// and all of a small batch, in turn.
 void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch,
                 bool planar) {
-  const int64_t element = element_size(dtype);
-  const int64_t in_bytes = stages.front()->input.values() * element;
-  const int64_t out_bytes = stages.back()->output.values() * element;
-  const std::vector<Segment> segments = segments_of(stages);
-  const auto run = [&](int64_t begin, int64_t end, Team& team) {
-    const Images images(stages, segments, element, end - begin, planar);
-    images.run(at(input, begin * in_bytes), at(output, begin * out_bytes), end - begin, team);
-  };
+  const int64_t in_bytes = stages.front()->input.values() * element_size(dtype);
+  const int64_t out_bytes = stages.back()->output.values() * element_size(dtype);
   Team team = Team::of_pytorch_threads();
-  const int64_t together = team.threads() == 1 ? 0 : batch / team.threads() * team.threads();
-  team.divide(together, std::min(together / team.threads(), kImages),
-              [&](int64_t begin, int64_t end) {
-                Team alone = Team::alone();
-                run(begin, end, alone);
-              });
-  for (int64_t begin = together; begin < batch; begin += kImages) {
-    run(begin, std::min(begin + kImages, batch), team);
+  const int64_t threads = team.threads(), most = threads * kImages;
+  const int64_t together = threads == 1 ? 0 : batch / threads * threads;
+  if (together > 0) {
+    const Images images(stages, dtype, std::min(together, most), planar);
+    for (int64_t n = 0; n < together; n += most) {
+      images.side_by_side(at(input, n * in_bytes), at(output, n * out_bytes),
+                          std::min(together - n, most), team);
+    }
+  }
+  if (together < batch) {
+    const Images images(stages, dtype, std::min(batch - together, kImages), planar);
+    for (int64_t n = together; n < batch; n += kImages) {
+      images.in_turn(at(input, n * in_bytes), at(output, n * out_bytes),
+                     std::min(batch - n, kImages), team);
+    }
   }
 }
 

@@ -103,7 +103,7 @@ def test_performance(run: Results, tmp_path: Path) -> None:
     summary, details = lines_of(drawn)[:2], lines_of(drawn)[2:]
     problem = ["b0 at 224", "inference, batch 8, float32"]
     assert summary[1] == [
-        *problem, "cpu+prepared", "20", "400", "openvino", "25", "320", "1.25", "50%"
+        *problem, "cpu+prepared", "20", "400", "openvino", "25", "320", "1.25", "-", "50%"
     ]  # fmt: skip
     by_name = {line[2]: line for line in details[1:]}
     assert list(by_name) == [row.contender for row in run.rows]
@@ -114,6 +114,16 @@ def test_performance(run: Results, tmp_path: Path) -> None:
     run.benchmark = "kernels-mbconv"
     run.write(tmp_path / "a-cpu" / "models.json")
     assert not lines_of(readme.performance(tmp_path))
+
+
+def test_goals(run: Results, tmp_path: Path) -> None:
+    """A CPU's ratio stands beside what it should be."""
+    for row in run.rows:
+        row.model = "efficientnet_b0"
+    for device, goal in (("cpu", "1.4"), ("cuda", "-")):
+        run.environment["device_type"] = device
+        run.write(tmp_path / "a-device" / "models.json")
+        assert lines_of(readme.performance(tmp_path))[1][-3:] == ["1.25", goal, "50%"]
 
 
 def test_plot_of_models(run: Results, tmp_path: Path) -> None:
