@@ -184,21 +184,19 @@ has BN folded and the weights packed beforehand; `+compile` is `torch.compile` o
 
 ## What keeps a CPU from more
 
-Counted, and profiled with one model at a time, on two AVX2 cores of an AMD EPYC that others share;
-a core does 95 GFLOP/s at best.
+What profiles of a model alone say, on two AVX2 cores that others share; the figures are counts.
 
-- **The processors.** In quiet minutes the second thread makes B0 1.7 to 1.9 times as fast, in busy
-  ones hardly faster at all: batch 8 then takes 110 ms instead of 56. Threads that wait for memory
-  get more out of shared execution units than threads that multiply, so a peer loses less by it;
-  between the fastest calls of a run the ratio is higher than between its medians.
-- **Sums of few channels.** Products of 16 to 40 channels run at 45 to 70 GFLOP/s, of 80 and more at
-  80 to 87. They are most of the first blocks, with the largest tensors, where a tile's sums hardly
+- **The processors.** In quiet minutes the second thread makes B0 nearly twice as fast, in busy ones
+  hardly faster at all. Threads that wait for memory get more out of shared execution units than
+  threads that multiply, so a peer loses less by it.
+- **Sums of few channels.** Products of 16 to 40 channels have a lower rate than those of 80 and
+  more. They are most of the first blocks, with the largest tensors, where a tile's sums hardly
   begin before they are activated and stored.
-- **SiLU**: 2.5 to 3 ns for eight values, an eighth of B0's time. ONNX Runtime and OpenVINO pay it,
-  too; hard-swish is a fraction of it, and with it goes a part of what fusion saves in MobileNetV3.
+- **SiLU** is a part of B0's time that no fusion saves. ONNX Runtime and OpenVINO pay it, too;
+  hard-swish is a fraction of it.
 - **Weights at batch 1.** Each is read once an image, B0's 21 MB and B4's 76 MB from memory if
   anything else has been in the shared cache. Blocks of 7 x 7 pixels read 2 to 3 MB for 50 MFLOP.
-- **The look at what may have changed**: 0.25 to 0.5 ms of each call of a prepared B0.
+- **The look at what may have changed**, at each call of a prepared model, is Python's.
 """
 
 

@@ -32,7 +32,7 @@ constexpr int64_t kBandPixels = 512;
 // Bands, if there are rows enough: several for each thread of a large machine.
 constexpr int64_t kBands = 64;
 
-// Channels from which on the transforms of winograd.h cost less than the products they save.
+// Channels from which on the transforms of winograd.h cost no more than the products they save.
 constexpr int kWinogradChannels = 16;
 
 // Of the weights alone: they may be packed before there is an image.

@@ -18,8 +18,8 @@ namespace effnet {
 namespace {
 
 // Weights that stay in a cache next to an image's tensors. An image goes through as many stages as
-// have no more together; then the thread's other images follow, and the weights of the next stages
-// are read once for all of them.
+// have no more together; then the other images follow, and the weights of the next stages are read
+// once for all of them.
 constexpr int64_t kSegmentBytes = 1 << 20;
 
 // Images that a thread takes through a segment at a time, at most: so few that what is between two
