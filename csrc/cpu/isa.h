@@ -7,15 +7,13 @@
 
 namespace effnet {
 
-enum class Isa : int { baseline, avx2, avx512 };
+// avx512bf16 is avx512 with instructions that multiply bfloat16s and round to them.
+enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
 
-// The best that this processor has, or what the environment variable EFFNET_KERNELS_CPU_ISA
-// (baseline, avx2 or avx512) asks for. Throws std::runtime_error where that is not to be had.
+// The fastest that this processor has, or what the environment variable EFFNET_KERNELS_CPU_ISA
+// (baseline, avx2, avx512 or avx512bf16) asks for. Throws std::runtime_error where that is not to
+// be had.
 Isa cpu_isa();
-
-// Whether there are instructions that multiply bfloat16s and round to them (only asked with
-// Isa::avx512).
-bool has_avx512bf16();
 
 // The kernels that an op has for each instruction set, by dtype; null where the compiler's target
 // has none.
@@ -29,12 +27,16 @@ struct KernelsByIsa {
   // Those in use for tensors of `dtype`.
   const Kernels& operator()(Dtype dtype) const {
     const Isa isa = dtype == Dtype::float64 ? Isa::baseline : cpu_isa();
-    if (isa == Isa::avx512 && dtype == Dtype::bfloat16 && has_avx512bf16()) {
-      return *avx512bf16(dtype);
+    switch (isa) {
+      case Isa::avx512bf16:
+        return dtype == Dtype::bfloat16 ? *avx512bf16(dtype) : *avx512(dtype);
+      case Isa::avx512:
+        return *avx512(dtype);
+      case Isa::avx2:
+        return *avx2(dtype);
+      default:
+        return *baseline(dtype);
     }
-    if (isa == Isa::avx512) return *avx512(dtype);
-    if (isa == Isa::avx2) return *avx2(dtype);
-    return *baseline(dtype);
   }
 };
 

@@ -54,7 +54,7 @@ struct StageHeader {
   int64_t bytes;  // of all of it
   Kind kind;
   Dtype dtype;
-  int32_t isa;
+  Isa isa;
   int32_t in_channels, out_channels;
   int32_t kernel, stride;
   bool residual;  // the input is added
@@ -66,17 +66,13 @@ struct StageHeader {
         bytes(bytes),
         kind(kind),
         dtype(dtype),
-        isa(current_isa()),
+        isa(cpu_isa()),
         in_channels(in_channels),
         out_channels(out_channels),
         kernel(kernel),
         stride(stride),
         residual(residual) {}
   StageHeader() = default;
-
-  static int32_t current_isa() {
-    return 2 * static_cast<int32_t>(cpu_isa()) + (cpu_isa() == Isa::avx512 && has_avx512bf16());
-  }
 };
 
 // Where a stage meets an image: `output` is what its window makes of `input`.

@@ -35,7 +35,7 @@ def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline"])
 def test_each_instruction_set(isa: str) -> None:
     """Results, gradients and determinism, with the instruction set forced."""
     if isa not in supported():
@@ -45,7 +45,7 @@ def test_each_instruction_set(isa: str) -> None:
     assert process.stdout.split() == [isa]
 
 
-def test_default_is_the_best() -> None:
+def test_default_is_the_fastest() -> None:
     """Without the environment variable the first of the supported ones is used."""
     code = "import torch, effnet_kernels; print(torch.ops.effnet_kernels_cpp.cpu_isa())"
     process = run_python("", "-c", code)
