@@ -365,15 +365,19 @@ void merge_sums(const F* from, int64_t images, int64_t parts, int64_t channels, 
 // x to rows of To, `stride` apart, through the prologue (scale null: none) and times `gate` (null:
 // none); up to `stride` filled with zeros.
 template <class To, class T>
-void convert_rows(To* to, int64_t stride, const T* from, int64_t rows, int channels,
+void convert_rows(To* to, int64_t stride, const T* from, int64_t rows, int64_t channels,
                   const typename Simd<T>::Scalar* scale, const typename Simd<T>::Scalar* shift,
                   Activation activation, const typename Simd<T>::Scalar* gate) {
   using S = Simd<T>;
   using V = typename S::V;
   constexpr int L = S::lanes;
+  if (stride == channels && scale == nullptr && gate == nullptr) {  // one long row
+    stride = channels = rows * channels;
+    rows = 1;
+  }
   for (int64_t row = 0; row < rows; ++row, from += channels, to += stride) {
-    for (int c = 0; c < stride; c += L) {
-      const int n = lesser(channels - c, L);
+    for (int64_t c = 0; c < stride; c += L) {
+      const int n = static_cast<int>(lesser(channels - c, int64_t{L}));
       if (n == L) {
         V x[1] = {S::load(from + c)};
         if (scale != nullptr) {

@@ -26,8 +26,12 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The rows under a window of the depthwise convolution, of one block of channels, stay in L1.
 constexpr int64_t kWindowBytes = 32 * 1024;
-// Blocks of channels, if there are that many: the items of an image that threads share.
-constexpr int64_t kBlocks = 8;
+// The items of an image that threads share, about: blocks of channels, if there are that many, and
+// bands of rows.
+constexpr int64_t kItems = 8;
+// Rows of a band, at least, for each that it computes once more than the block does: those that
+// its first window begins with.
+constexpr int64_t kRowsForOverlap = 8;
 // Rows of a product, at least: tiles of rows come out even.
 constexpr int64_t kProductRows = 32;
 // Rows of the depthwise result that are projected together stay in L2.
@@ -46,13 +50,21 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   d.tile = best_depthwise_tile(s.out_w);
   const int64_t vector_bytes = d.lanes * size, pair = 2;
   const int64_t fit = kWindowBytes / (int64_t{s.kernel} * s.in_w * vector_bytes);
-  int64_t block = std::min(fit / pair * pair, round_up(ceil_div(d.vectors, kBlocks), pair));
+  int64_t block = std::min(fit / pair * pair, round_up(ceil_div(d.vectors, kItems), pair));
   block = std::max(block, pair);
   // Panels of the expansion are pairs of vectors, the last one has three where they are odd: a
   // block of one would cut it.
   while (block < d.vectors && d.vectors % block == 1) block += pair;
   d.block_vectors = static_cast<int>(std::min<int64_t>(block, d.vectors));
   d.blocks = static_cast<int>(ceil_div(d.vectors, d.block_vectors));
+
+  const int64_t overlap = a.expand_weight == nullptr ? 0 : s.kernel - s.stride;
+  const int64_t most = std::min(s.out_h / (kRowsForOverlap * std::max<int64_t>(overlap, 1)),
+                                ceil_div(kItems, d.blocks));
+  int64_t bands = 1;
+  while (2 * bands <= most) bands *= 2;  // halves of an image stay halves
+  p.band_rows = static_cast<int>(ceil_div(s.out_h, bands));
+  p.bands = ceil_div(s.out_h, p.band_rows);
 
   p.group_rows = static_cast<int>(std::min<int64_t>(ceil_div(kProductRows, s.in_w), s.in_h));
   p.ring_rows = static_cast<int>(
@@ -83,22 +95,27 @@ struct Layout {
     expand = pieces.add(a.expand_weight ? f.matrix_bytes(s.channels, a.in_channels) : 0);
     depthwise = pieces.add(c * s.kernel * s.kernel * size);
     depthwise_start = pieces.add(c * size);
+    gate = pieces.add(a.gate.reduce_weight ? packed_gate_bytes(a.gate) : 0);
     project = pieces.add(f.matrix_bytes(a.out_channels, s.channels));
   }
 
   MbconvWeights in(void* memory) const {
     return {at(memory, expand), at(memory, depthwise), at(memory, depthwise_start),
-            at(memory, project)};
+            at(memory, gate), at(memory, project)};
   }
 
-  int64_t expand = 0, depthwise = 0, depthwise_start = 0, project = 0;
+  int64_t expand = 0, depthwise = 0, depthwise_start = 0, gate = 0, project = 0;
 };
 
 void pack(const MbconvInference& a, const MbconvKernels& k, const MbconvWeights& weights) {
   const MbconvPlan p = make_plan(a, k);
-  const int64_t blocks = p.depthwise.blocks;
-  torch::stable::parallel_for(0, blocks + p.project_panels, 1, [&](int64_t begin, int64_t end) {
-    if (begin < blocks) {
+  const int64_t blocks = p.depthwise.blocks, panels = p.project_panels;
+  const int64_t gates = a.gate.reduce_weight == nullptr ? 0 : 1;
+  torch::stable::parallel_for(0, gates + blocks + panels, 1, [&](int64_t begin, int64_t end) {
+    if (begin < gates) pack_gate(a.gate, weights.gate);
+    begin = std::max(begin - gates, int64_t{0});
+    end -= gates;
+    if (begin < std::min(end, blocks)) {
       const Memory scratch(8 * p.padded_channels() * k.format.accumulate_bytes + 1024);
       k.pack_block(a, p, weights, begin, std::min(end, blocks), scratch.get());
     }
@@ -130,6 +147,7 @@ class MbconvStage final : public Stage {
     converted_ = scratch_.add(p_.converted ? input.pixels() * p_.input_stride * value : 0);
     depthwise_ = scratch_.add(output.pixels() * s.channels * element_size(a.dtype));
     if (!gated()) return;
+    sums_ = scratch_.add(p_.bands * 2 * p_.padded_channels() * size);
     pooled_ = scratch_.add(s.channels * size);
     hidden_ = scratch_.add(a.gate.squeezed * size);
     gate_ = scratch_.add(s.channels * size);
@@ -149,17 +167,18 @@ class MbconvStage final : public Stage {
       image = at(scratch, converted_);
     }
     void* depthwise = at(scratch, depthwise_);
-    void* pooled = gated() ? at(scratch, pooled_) : nullptr;
-    team.divide(p_.depthwise.blocks, 1, [&](int64_t begin, int64_t end) {
+    void* sums = gated() ? at(scratch, sums_) : nullptr;
+    team.divide(p_.depthwise.blocks * p_.bands, 1, [&](int64_t begin, int64_t end) {
       const Memory ring(k_.ring_bytes(a, p_));
-      k_.expand_depthwise(a, p_, weights_, image, begin, end, ring.get(), depthwise, pooled);
+      k_.expand_depthwise(a, p_, weights_, image, begin, end, ring.get(), depthwise, sums);
     });
     const void *gate = nullptr, *gated_panels = nullptr;
     if (gated()) {
-      a.gate.pooled = pooled;
+      a.gate.pooled = at(scratch, pooled_);
+      k_.merge(a, p_, sums, at(scratch, pooled_));
       a.gate.hidden = at(scratch, hidden_);
       a.gate.gate = at(scratch, gate_);
-      squeeze_excite_gate(a.gate, team);
+      squeeze_excite_gate(a.gate, weights_.gate, team);
       gate = a.gate.gate;
       if (p_.gate_weights) {
         team.share(p_.project_panels, 1, [&](int64_t begin, int64_t end) {
@@ -197,15 +216,16 @@ class MbconvStage final : public Stage {
   const MbconvPlan p_;
   const MbconvWeights weights_;
   Pieces scratch_;
-  int64_t converted_ = 0, depthwise_ = 0, pooled_ = 0, hidden_ = 0, gate_ = 0, panels_ = 0;
+  int64_t converted_ = 0, depthwise_ = 0, sums_ = 0, pooled_ = 0, hidden_ = 0, gate_ = 0,
+          panels_ = 0;
 };
 
-// What mbconv_stage() reads: the arguments, then the weights, those of the gate as they are.
+// What mbconv_stage() reads: the arguments, then the weights, the gate's first matrix as it is.
 struct Prepared {
   StageHeader header;
   MbconvInference arguments;
   Layout layout;
-  int64_t reduce_weight, reduce_bias, excite_weight, excite_bias;
+  int64_t reduce_weight, reduce_bias;
 };
 
 Tensor prepare(const Tensor& like, const MbconvInference& a) {
@@ -213,15 +233,13 @@ Tensor prepare(const Tensor& like, const MbconvInference& a) {
   const SqueezeExciteGate& g = a.gate;
   const bool gated = g.reduce_weight != nullptr;
   const int64_t size = gated ? element_size(g.weight_dtype) : 0;
-  const int64_t matrix = int64_t{g.squeezed} * g.channels * size;
+  const int64_t matrix = int64_t{g.squeezed} * g.channels * size, bias = g.squeezed * size;
   Prepared p{};
   Pieces pieces;
   pieces.add(sizeof(Prepared));
   p.layout = Layout(a, k.format, pieces);
   p.reduce_weight = pieces.add(matrix);
-  p.reduce_bias = pieces.add(g.squeezed * size);
-  p.excite_weight = pieces.add(matrix);
-  p.excite_bias = pieces.add(g.channels * size);
+  p.reduce_bias = pieces.add(bias);
   p.arguments = a;
   p.header = StageHeader(StageHeader::Kind::mbconv, a.dtype, pieces.bytes(), a.in_channels,
                          a.out_channels, a.shape.kernel, a.shape.stride, a.residual);
@@ -232,9 +250,7 @@ Tensor prepare(const Tensor& like, const MbconvInference& a) {
     if (from != nullptr) std::memcpy(at(memory, offset), from, bytes);
   };
   keep(p.reduce_weight, g.reduce_weight, matrix);
-  keep(p.reduce_bias, g.reduce_bias, g.squeezed * size);
-  keep(p.excite_weight, g.expand_weight, matrix);
-  keep(p.excite_bias, g.expand_bias, g.channels * size);
+  keep(p.reduce_bias, g.reduce_bias, bias);
   pack(a, k, p.layout.in(memory));
   return packed;
 }
@@ -308,8 +324,6 @@ std::unique_ptr<Stage> mbconv_stage(const void* packed, const StagePlace& place)
     g.pixels = place.output.pixels();
     g.reduce_weight = at(packed, p.reduce_weight);
     if (g.reduce_bias != nullptr) g.reduce_bias = at(packed, p.reduce_bias);
-    g.expand_weight = at(packed, p.excite_weight);
-    if (g.expand_bias != nullptr) g.expand_bias = at(packed, p.excite_bias);
   }
   // Only read from here on.
   const MbconvWeights weights = p.layout.in(const_cast<void*>(packed));

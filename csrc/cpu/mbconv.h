@@ -13,9 +13,12 @@ namespace effnet {
 
 // How an image goes through the block. The expanded tensor is made and used block of channels after
 // block: `group_rows` of its rows at a time are computed into a ring of `ring_rows` rows, from
-// which the depthwise convolution takes its windows. No rounding depends on any of these.
+// which the depthwise convolution takes its windows. Where blocks are few they are cut into bands
+// of rows, each with sums of its own. Nothing else that is rounded depends on any of these.
 struct MbconvPlan {
   DepthwisePlan depthwise;  // lanes, vectors, block_vectors, blocks and tile
+  int band_rows;            // of the depthwise result
+  int64_t bands;            // items are [band][block]
   int group_rows, ring_rows;
   // Whether the input is brought first into the format of the product that reads it, or where there
   // is no expansion into the accumulate dtype; and values between two of its pixels then.
@@ -30,10 +33,11 @@ struct MbconvPlan {
 };
 
 // The packed weights of a call: matrices as in gemm.h, and in the accumulate dtype the depthwise
-// taps, [vector][k * k][lane], with what their sums start with.
+// taps, [vector][k * k][lane], with what their sums start with; the gate's as in squeeze_excite.h.
 struct MbconvWeights {
   void* expand;
   void *depthwise, *depthwise_start;
+  void* gate;
   void* project;
 };
 
@@ -48,12 +52,15 @@ struct MbconvKernels {
   void (*pack_project)(const MbconvInference&, const MbconvWeights&, int64_t begin, int64_t end);
   // Pixels [begin, end) of the image converted, plan.input_stride apart.
   void (*convert)(const MbconvInference&, const MbconvPlan&, int64_t begin, int64_t end, void* to);
-  // Blocks [begin, end) of channels of one image: input (pixels, input_stride) -> depthwise
-  // (pixels, C) T, and pooled (C) F unless null. scratch: ring_bytes.
+  // Items [begin, end) of one image: input (pixels, input_stride) -> depthwise (pixels, C) T, and
+  // each band's sums (2, padded_channels) F, what rounding took from them the second, unless null.
+  // scratch: ring_bytes.
   void (*expand_depthwise)(const MbconvInference&, const MbconvPlan&, const MbconvWeights&,
                            const void* input, int64_t begin, int64_t end, void* scratch,
-                           void* depthwise, void* pooled);
+                           void* depthwise, void* sums);
   size_t (*ring_bytes)(const MbconvInference&, const MbconvPlan&);
+  // pooled (C) F = the sums of all bands.
+  void (*merge)(const MbconvInference&, const MbconvPlan&, const void* sums, void* pooled);
   // to = panels [begin, end) of project with every channel times its gate. Only where T is F.
   void (*gate_panels)(const MbconvInference&, const MbconvWeights&, const void* gate, int64_t begin,
                       int64_t end, void* to);

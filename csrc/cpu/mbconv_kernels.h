@@ -91,7 +91,7 @@ size_t ring_bytes(const MbconvInference& a, const MbconvPlan& p) {
 template <class T>
 void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const MbconvWeights& w,
                       const void* input, int64_t begin, int64_t end, void* memory, void* depthwise,
-                      void* pooled) {
+                      void* sums_of_bands) {
   using S = Simd<T>;
   using F = typename S::Scalar;
   using Value = typename Products<T>::Value;
@@ -106,23 +106,33 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
   F* ring = scratch.take(0);
   const auto correlate = correlate_for<F, BlockSink<T>>(s, p.depthwise.tile);
   const Unit image{0, 0, s.out_h, 0, s.out_w, 0, s.in_h, 0, s.in_w};
-  for (int64_t block = begin; block < end; ++block) {
+  const int64_t blocks = p.depthwise.blocks;
+  int next = 0;  // the first row that is not in the ring
+  int64_t last_item = -1;
+  // Block after block: where a band follows the one above it, the ring has what it begins with.
+  for (int64_t i = 0; i < blocks * p.bands; ++i) {
+    const int64_t block = i / p.bands, band = i % p.bands, item = band * blocks + block;
+    if (item < begin || item >= end) continue;
+    const int first_row = static_cast<int>(band) * p.band_rows;
+    const int last_row = lesser(first_row + p.band_rows, s.out_h);
+    if (band == 0 || last_item != item - blocks) {
+      next = greater(first_row * s.stride - s.pad_top, 0) / p.group_rows * p.group_rows;
+    }
+    last_item = item;
     const Block b = block_at(s, p.depthwise, static_cast<int>(block));
     const int width = b.vectors * L;
     const int64_t first = b.channel / kPanel<S>;
-    const int64_t last =
-        block == p.depthwise.blocks - 1 ? p.expand_panels : first + width / kPanel<S>;
+    const int64_t last = block == blocks - 1 ? p.expand_panels : first + width / kPanel<S>;
     Window<S> window;
     window.pitch = L;
     window.step = expands ? width : p.input_stride;
     window.origin = -s.pad_left;
     window.width = s.in_w;
     window.ahead[0] = window.ahead[1] = nullptr;
-    BlockSink<T> sink{a.activation, pooled == nullptr ? nullptr : &sums,
+    BlockSink<T> sink{a.activation, sums_of_bands == nullptr ? nullptr : &sums,
                       OutputRow<T>(s, p.depthwise, b, image)};
     sums.clear(b.vectors);
-    int next = 0;  // the first row that is not in the ring
-    for (int oh = 0; oh < s.out_h; ++oh) {
+    for (int oh = first_row; oh < last_row; ++oh) {
       const int top = oh * s.stride - s.pad_top;
       window.lo = greater(-top, 0);
       window.hi = lesser(s.kernel, s.in_h - top);
@@ -147,12 +157,19 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
       correlate(window, static_cast<const F*>(w.depthwise) + b.channel * taps,
                 static_cast<const F*>(w.depthwise_start) + b.channel, s.out_w, b.vectors, sink);
     }
-    if (pooled == nullptr) continue;
-    const int64_t channels = block_channels(p.depthwise, b);
-    for (int64_t i = 0; i < channels; ++i) {
-      static_cast<F*>(pooled)[b.channel + i] = sums.data()[i] + sums.lost()[i];
+    if (sums_of_bands == nullptr) continue;
+    F* to = static_cast<F*>(sums_of_bands) + band * 2 * p.padded_channels() + b.channel;
+    for (int64_t c = 0; c < width; ++c) {
+      to[c] = sums.data()[c];
+      to[p.padded_channels() + c] = sums.lost()[c];
     }
   }
+}
+
+template <class F>
+void merge(const MbconvInference& a, const MbconvPlan& p, const void* sums, void* pooled) {
+  merge_sums(static_cast<const F*>(sums), 1, p.bands, a.shape.channels, p.padded_channels(),
+             static_cast<F*>(pooled));
 }
 
 template <class F>
@@ -207,6 +224,7 @@ const MbconvKernels* kernels_of() {
                                             convert<T>,
                                             expand_depthwise<T>,
                                             ring_bytes<T>,
+                                            merge<typename Simd<T>::Scalar>,
                                             gate_panels<typename Simd<T>::Scalar>,
                                             project<T>};
   return &kernels;

@@ -249,8 +249,7 @@ class Network {
     const StageHeader& h = *static_cast<const StageHeader*>(packed.const_data_ptr());
     STD_TORCH_CHECK(h.magic == StageHeader::kMagic && h.bytes == packed.numel(), kOp,
                     ": a stage must be what a prepare op made");
-    STD_TORCH_CHECK(h.isa == cpu_isa(), kOp,
-                    ": a stage was prepared for another instruction set");
+    STD_TORCH_CHECK(h.isa == cpu_isa(), kOp, ": a stage was prepared for another instruction set");
     STD_TORCH_CHECK(h.dtype == dtype_, kOp,
                     ": a stage was prepared for another dtype than input's");
     return h;

@@ -91,12 +91,11 @@ constexpr float kRound = 0x1.8p23f;
 // and the power of its upper end, 1 with an exponent one above the largest, is infinity.
 constexpr float kExp2Low = -126.f, kExp2High = 128.f;
 
-// 1 + exp(-x) of N vectors, step by step for all of them: a chain of dependent instructions is many
-// times as long as a scheduler, which would not find the next chain behind it. NaN may become any
-// number.
+// exp(-x) = 2^(n + f) of N vectors, f in [-1/2, 1/2], n + kRound in the place of n, for instruction
+// sets without any for exponents. NaN may become any number.
 template <class S, int N>
-EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typename S::V (&x)[N]) {
-  typename S::V f[N], biased[N];
+EFFNET_INLINE void split_exponents(typename S::V (&f)[N], typename S::V (&n)[N],
+                                   const typename S::V (&x)[N]) {
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) f[i] = x[i] * S::set(-kLog2e);
   EFFNET_UNROLL
@@ -104,9 +103,17 @@ EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typenam
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) f[i] = S::min(f[i], S::set(kExp2High));
   EFFNET_UNROLL
-  for (int i = 0; i < N; ++i) biased[i] = f[i] + S::set(kRound);
+  for (int i = 0; i < N; ++i) n[i] = f[i] + S::set(kRound);
   EFFNET_UNROLL
-  for (int i = 0; i < N; ++i) f[i] = f[i] - (biased[i] - S::set(kRound));
+  for (int i = 0; i < N; ++i) f[i] = f[i] - (n[i] - S::set(kRound));
+}
+
+// 1 + exp(-x) of N vectors, step by step for all of them: a chain of dependent instructions is many
+// times as long as a scheduler, which would not find the next chain behind it.
+template <class S, int N>
+EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typename S::V (&x)[N]) {
+  typename S::V f[N], n[N];
+  S::template split<N>(f, n, x);
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) d[i] = S::fma(S::set(kExp2[4]), f[i], S::set(kExp2[3]));
   EFFNET_UNROLL
@@ -117,7 +124,7 @@ EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typenam
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(1.f));
   EFFNET_UNROLL
-  for (int i = 0; i < N; ++i) d[i] = S::times_power_of_two(d[i], biased[i]);
+  for (int i = 0; i < N; ++i) d[i] = S::times_power_of_two(d[i], n[i]);
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) d[i] = d[i] + S::set(1.f);
 }
@@ -161,10 +168,18 @@ struct FloatSimd {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), y);
   }
 
-  // p * 2^n, biased = n + kRound.
-  static EFFNET_INLINE V times_power_of_two(V p, V biased) {
-    return _mm512_scalef_ps(p, biased - set(kRound));
+  // -x / ln(2) as n + f. The instructions take any number: infinity has no f, and its power is
+  // infinity or zero.
+  template <int N>
+  static EFFNET_INLINE void split(V (&f)[N], V (&n)[N], const V (&x)[N]) {
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) n[i] = x[i] * set(-kLog2e);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) f[i] = _mm512_reduce_ps(n[i], _MM_FROUND_TO_NEAREST_INT);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) n[i] = n[i] - f[i];
   }
+  static EFFNET_INLINE V times_power_of_two(V p, V n) { return _mm512_scalef_ps(p, n); }
   // x / d for d >= 1 by one Newton step from a 14-bit estimate, which infinity would not survive.
   static EFFNET_INLINE V quotient(V x, V d) {
     const V q = _mm512_rcp14_ps(d);
@@ -258,6 +273,10 @@ struct FloatSimd {
     return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ), y);
   }
 
+  template <int N>
+  static EFFNET_INLINE void split(V (&f)[N], V (&n)[N], const V (&x)[N]) {
+    split_exponents<FloatSimd, N>(f, n, x);
+  }
   // p * 2^n, biased = n + kRound.
   static EFFNET_INLINE V times_power_of_two(V p, V biased) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
@@ -346,6 +365,10 @@ struct FloatSimd {
   static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
   static EFFNET_INLINE V if_positive(V x, V y) { return x > set(0.f) ? y : set(0.f); }
 
+  template <int N>
+  static EFFNET_INLINE void split(V (&f)[N], V (&n)[N], const V (&x)[N]) {
+    split_exponents<FloatSimd, N>(f, n, x);
+  }
   // p * 2^n, biased = n + kRound.
   static EFFNET_INLINE V times_power_of_two(V p, V biased) {
     using I = int32_t __attribute__((vector_size(16)));
@@ -493,15 +516,16 @@ EFFNET_INLINE void activate_grad_all(Activation activation, typename S::V (&x)[N
 // N vectors activated in place, as many at a time as there are registers for.
 template <class S, int N>
 EFFNET_INLINE void activate_all(Activation activation, typename S::V (&x)[N]) {
-  constexpr int Group = S::registers >= 32 ? 8 : 4;
+  constexpr int Most = S::registers >= 32 ? 8 : 4;
   if (activation != Activation::silu) {
     EFFNET_UNROLL
     for (int i = 0; i < N; ++i) x[i] = activate<S>(activation, x[i]);
-  } else if constexpr (N <= Group) {
+  } else if constexpr (N <= Most) {
     silu<S, N>(x);
   } else {
     // What is not at it waits in memory, or a group would have no registers to work in.
-    constexpr int Rounded = (N + Group - 1) / Group * Group;
+    constexpr int Groups = (N + Most - 1) / Most, Group = (N + Groups - 1) / Groups;
+    constexpr int Rounded = Groups * Group;
     typename S::Scalar kept[Rounded * S::lanes];
     EFFNET_UNROLL
     for (int i = 0; i < Rounded; ++i) S::store(kept + i * S::lanes, x[i < N ? i : 0]);

@@ -73,18 +73,38 @@ void excite(const Gate& a, void* excited) {
   kernels_for(a.weight_dtype).activate(a.activation, excited, a.batch * a.squeezed);
 }
 
+int64_t packed_block_bytes(const SqueezeExciteGate& a) {
+  return (1 + int64_t{a.squeezed}) * kGateBlock * element_size(a.accumulate);
+}
+
 }  // namespace
 
-void squeeze_excite_gate(const SqueezeExciteGate& a, Team& team) {
+int64_t packed_gate_bytes(const SqueezeExciteGate& a) {
+  return ceil_div(a.channels, kGateBlock) * packed_block_bytes(a);
+}
+
+void pack_gate(const SqueezeExciteGate& a, void* packed) {
+  kernels_for(a.weight_dtype).pack_gate(a, 0, ceil_div(a.channels, kGateBlock), packed);
+}
+
+void squeeze_excite_gate(const SqueezeExciteGate& a, const void* packed, Team& team) {
   const auto& k = kernels_for(a.weight_dtype);
   team.share(a.squeezed, grain(a.batch * a.channels),
              [&](int64_t begin, int64_t end) { k.hidden(a, begin, end); });
   const Memory excited(hidden_bytes(a));
   excite(a, excited.get());
+  const int64_t block_bytes = packed_block_bytes(a);
   team.share(ceil_div(a.channels, kGateBlock), grain((a.batch + 1) * a.squeezed * kGateBlock),
              [&](int64_t begin, int64_t end) {
-               const Memory scratch(kGateBlock * a.squeezed * element_size(a.accumulate));
-               k.gate(a, excited.get(), begin, end, scratch.get());
+               if (packed != nullptr) {
+                 k.gate(a, excited.get(), at(packed, begin * block_bytes), begin, end);
+                 return;
+               }
+               const Memory block(block_bytes);
+               for (int64_t i = begin; i < end; ++i) {
+                 k.pack_gate(a, i, i + 1, block.get());
+                 k.gate(a, excited.get(), block.get(), i, i + 1);
+               }
              });
 }
 
@@ -92,7 +112,7 @@ namespace {
 
 void run(const SqueezeExciteGate& a) {
   Team team = Team::of_pytorch_threads();
-  squeeze_excite_gate(a, team);
+  squeeze_excite_gate(a, nullptr, team);
 }
 
 void run(const SqueezeExciteGateBackward& a) {

@@ -20,10 +20,12 @@ struct SqueezeExciteKernels {
 
   // Items: rows of reduce_weight.
   void (*hidden)(const SqueezeExciteGate&, int64_t begin, int64_t end);
-  // Items: blocks of kGateBlock channels. excited: activation(hidden). scratch: kGateBlock *
-  // squeezed F.
-  void (*gate)(const SqueezeExciteGate&, const void* excited, int64_t begin, int64_t end,
-               void* scratch);
+  // Items: blocks of kGateBlock channels of expand_weight and expand_bias, each to (1 + squeezed,
+  // kGateBlock) F: the bias first, zeros where there is none and beyond the last channel.
+  void (*pack_gate)(const SqueezeExciteGate&, int64_t begin, int64_t end, void* to);
+  // Items: the same blocks. excited: activation(hidden). packed: these blocks.
+  void (*gate)(const SqueezeExciteGate&, const void* excited, const void* packed, int64_t begin,
+               int64_t end);
   // x = activation(x), count values. Not an item: all of them.
   void (*activate)(Activation, void* x, int64_t count);
 
@@ -42,8 +44,11 @@ struct SqueezeExciteKernels {
 constexpr int kGateBlock = 64;
 
 class Team;
-// The gate (squeeze_excite.cpp).
-void squeeze_excite_gate(const SqueezeExciteGate&, Team&);
+// The gate (squeeze_excite.cpp), with what pack_gate() made of expand_weight and expand_bias in
+// memory of packed_gate_bytes(), or null.
+void squeeze_excite_gate(const SqueezeExciteGate&, const void* packed, Team&);
+void pack_gate(const SqueezeExciteGate&, void* packed);
+int64_t packed_gate_bytes(const SqueezeExciteGate&);
 
 namespace avx512bf16 {
 const SqueezeExciteKernels* squeeze_excite_kernels(Dtype);

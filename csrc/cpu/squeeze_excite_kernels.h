@@ -244,38 +244,46 @@ void activate_values(Activation activation, void* values, int64_t count) {
 }
 
 template <class T>
-void gate(const SqueezeExciteGate& a, const void* excited, int64_t begin, int64_t end,
-          void* scratch) {
+void pack_gate(const SqueezeExciteGate& a, int64_t begin, int64_t end, void* packed) {
+  using F = typename Simd<T>::Scalar;
+  const int64_t size = (1 + int64_t{a.squeezed}) * kGateBlock;
+  F* to = typed<F>(packed);
+  for (int64_t block = begin; block < end; ++block, to += size) {
+    const int64_t first = block * kGateBlock;
+    const int channels = lesser(a.channels - first, kGateBlock);
+    for (int64_t i = 0; i < size; ++i) to[i] = F(0);
+    for (int c = 0; c < channels; ++c) {
+      if (a.expand_bias != nullptr) to[c] = to_float(typed<T>(a.expand_bias)[first + c]);
+      const T* row = typed<T>(a.expand_weight) + (first + c) * a.squeezed;
+      for (int s = 0; s < a.squeezed; ++s) to[(1 + s) * kGateBlock + c] = to_float(row[s]);
+    }
+  }
+}
+
+template <class T>
+void gate(const SqueezeExciteGate& a, const void* excited, const void* packed, int64_t begin,
+          int64_t end) {
   using S = Simd<T>;
   using F = typename S::Scalar;
   using V = typename S::V;
   constexpr int L = S::lanes, N = kGateBlock / L < 4 ? kGateBlock / L : 4;
-  F* turned = typed<F>(scratch);  // [squeezed][kGateBlock]
-  for (int64_t block = begin; block < end; ++block) {
+  const F* weight = typed<F>(packed);
+  for (int64_t block = begin; block < end; ++block, weight += (1 + a.squeezed) * kGateBlock) {
     const int64_t first = block * kGateBlock;
     const int channels = lesser(a.channels - first, kGateBlock);
-    F bias[kGateBlock] = {};
-    for (int c = 0; c < channels; ++c) {
-      const T* row = typed<T>(a.expand_weight) + (first + c) * a.squeezed;
-      for (int s = 0; s < a.squeezed; ++s) turned[s * kGateBlock + c] = to_float(row[s]);
-      if (a.expand_bias != nullptr) bias[c] = to_float(typed<T>(a.expand_bias)[first + c]);
-    }
-    for (int s = 0; s < a.squeezed; ++s) {
-      for (int c = channels; c < kGateBlock; ++c) turned[s * kGateBlock + c] = F(0);
-    }
     for (int64_t n = 0; n < a.batch; ++n) {
       const F* values = typed<F>(excited) + n * a.squeezed;
       F* to = typed<F>(a.gate) + n * a.channels + first;
       for (int c = 0; c < channels; c += N * L) {
+        const F* row = weight + c;
         V sum[N];
         EFFNET_UNROLL
-        for (int v = 0; v < N; ++v) sum[v] = S::load(bias + c + v * L);
+        for (int v = 0; v < N; ++v) sum[v] = S::load(row + v * L);
         for (int s = 0; s < a.squeezed; ++s) {
+          row += kGateBlock;
           const V by = S::set(values[s]);
           EFFNET_UNROLL
-          for (int v = 0; v < N; ++v) {
-            sum[v] = S::fma(S::load(turned + s * kGateBlock + c + v * L), by, sum[v]);
-          }
+          for (int v = 0; v < N; ++v) sum[v] = S::fma(S::load(row + v * L), by, sum[v]);
         }
         EFFNET_UNROLL
         for (int v = 0; v < N; ++v) {
@@ -392,15 +400,9 @@ void reduce_gradients(const SqueezeExciteGateBackward& a, const void* grad_hidde
 
 template <class T>
 const SqueezeExciteKernels* squeeze_excite_kernels_of() {
-  static constexpr SqueezeExciteKernels kernels = {sums<T>,
-                                                   means<T>,
-                                                   scale<T>,
-                                                   hidden<T>,
-                                                   gate<T>,
-                                                   activate_values<T>,
-                                                   image_gradients<T>,
-                                                   expand_gradients<T>,
-                                                   reduce_gradients<T>};
+  static constexpr SqueezeExciteKernels kernels = {
+      sums<T>, means<T>,           scale<T>,           hidden<T>,           pack_gate<T>,
+      gate<T>, activate_values<T>, image_gradients<T>, expand_gradients<T>, reduce_gradients<T>};
   return &kernels;
 }
 

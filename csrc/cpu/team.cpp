@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -82,7 +83,11 @@ class Helpers {
   void run(const Team::Step& step) {
     failure_ = nullptr;
     step_ = step;
-    next_.store(0);
+    const int64_t pieces = ceil_div(step.count, step.chunk), threads = wanted_.load() + 1;
+    for (int64_t i = 0; i < threads; ++i) {
+      parts_[i].next.store(i * pieces / threads * step.chunk);
+      parts_[i].end = std::min((i + 1) * pieces / threads * step.chunk, step.count);
+    }
     open_.store(++steps_);
     if (sleeping_.load() > 0) {
       {
@@ -92,7 +97,7 @@ class Helpers {
     }
     {
       const Closing closing{*this};  // also where a piece fails: its context is the caller's
-      work();
+      work(0);
     }
     if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
@@ -104,6 +109,8 @@ class Helpers {
 #if defined(__linux__)
       const cpu_set_t where = processors(threads);
 #endif
+      // Nobody is at a step, and all look at the parts only then.
+      parts_ = std::make_unique<Part[]>(threads);
       while (present_ < threads - 1) {
         std::thread helper([this, index = present_] { serve(index); });
 #if defined(__linux__)
@@ -133,11 +140,14 @@ class Helpers {
     }
   };
 
-  void work() {
-    for (;;) {
-      const int64_t begin = next_.fetch_add(step_.chunk);
-      if (begin >= step_.count) return;
-      step_.call(step_.context, begin, std::min(begin + step_.chunk, step_.count));
+  // The pieces that nobody has begun of part `own`, then of those after it.
+  void work(int64_t own) {
+    const int64_t threads = wanted_.load() + 1;
+    for (int64_t i = 0; i < threads; ++i) {
+      Part& part = parts_[(own + i) % threads];
+      for (int64_t begin; (begin = part.next.fetch_add(step_.chunk)) < part.end;) {
+        step_.call(step_.context, begin, std::min(begin + step_.chunk, part.end));
+      }
     }
   }
 
@@ -155,7 +165,7 @@ class Helpers {
         inside_.fetch_add(1);
         if (open_.load() == step) {
           try {
-            work();
+            work(index + 1);
           } catch (...) {
             const std::lock_guard<std::mutex> lock(mutex_);
             failure_ = std::current_exception();
@@ -186,7 +196,12 @@ class Helpers {
   std::exception_ptr failure_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  alignas(64) std::atomic<int64_t> next_{0};
+  // Of the step, by thread.
+  struct alignas(64) Part {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::unique_ptr<Part[]> parts_;
   // The number of the step that pieces can be begun of, or 0.
   alignas(64) std::atomic<int64_t> open_{0};
   std::atomic<int> sleeping_{0};

@@ -2,8 +2,10 @@
 //
 // A parallel region of OpenMP ends with a barrier, at which all threads wait for one that the
 // system has put aside, even where it has nothing left to do, and a network has a hundred steps. A
-// team divides a step as it is done: whoever is there takes the next piece, and the step ends when
-// its pieces have. The calling thread alone would do, its helpers come when they can.
+// team divides a step as it is done: a thread takes the next piece of its own part, then of
+// another's who is late, and the step ends when its pieces have. The calling thread alone would do,
+// its helpers come when they can. A thread's part is the same in every step: what it wrote in one
+// is in its cache in the next, if both count what they do in the same order.
 #pragma once
 
 #include <algorithm>

@@ -40,11 +40,12 @@ class _State:
         modules = [m for m in module.modules() if not isinstance(m, scripted)]
         self._attributes = [m.__dict__ for m in modules]
         self._child_dicts = [m.__dict__["_modules"] for m in modules]
-        self._children = _present(self._child_dicts)
+        self._children = _values_of(self._child_dicts)
         self._tensor_dicts = [
             m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")
         ]
-        self._tensors = _present(self._tensor_dicts)
+        self._held = _values_of(self._tensor_dicts)
+        self._tensors = [tensor for tensor in self._held if tensor is not None]
         self._versions = _versions(self._tensors)
         # Held, so that no other tensor gets their memory, and a pointer says which it is.
         self._memory = [tensor.detach() for tensor in self._tensors]
@@ -69,13 +70,11 @@ class _State:
 
     def stays(self) -> bool:
         """Whether children, parameters and buffers are those that the network was made of."""
-        if not _same(_present(self._child_dicts), self._children):
-            return False
-        tensors = _present(self._tensor_dicts)
         return (
-            _same(tensors, self._tensors)
-            and _versions(tensors) == self._versions
-            and list(map(_data_ptr, tensors)) == self._pointers
+            _same(_values_of(self._child_dicts), self._children)
+            and _same(_values_of(self._tensor_dicts), self._held)
+            and _versions(self._tensors) == self._versions
+            and list(map(_data_ptr, self._tensors)) == self._pointers
         )
 
 
@@ -103,8 +102,8 @@ class _Prepared:
 _PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
 
 
-def _present(dicts: list[Any]) -> list[Any]:
-    return [value for value in chain.from_iterable(map(_values, dicts)) if value is not None]
+def _values_of(dicts: list[Any]) -> list[Any]:
+    return list(chain.from_iterable(map(_values, dicts)))
 
 
 def _same(now: list[Any], before: list[Any]) -> bool:
