@@ -32,14 +32,15 @@ constexpr int64_t kBandPixels = 512;
 // Bands, if there are rows enough: several for each thread of a large machine.
 constexpr int64_t kBands = 64;
 
-// Channels from which on the transforms of winograd.h cost no more than the products they save.
-constexpr int kWinogradChannels = 16;
+// Vectors of channels from which on the transforms of winograd.h cost no more than the products
+// they save.
+constexpr int kWinogradVectors = 2;
 
 // Of the weights alone: they may be packed before there is an image.
 bool takes_winograd(const FusedMbconv& a, const GemmFormat& f) {
   const bool exact = f.value_bytes == f.accumulate_bytes;  // kTransforms
   return exact && a.shape.kernel == 3 && a.shape.stride == 1 &&
-         std::min(a.in_channels, a.shape.channels) >= kWinogradChannels;
+         std::min(a.in_channels, a.shape.channels) >= kWinogradVectors * f.lanes;
 }
 
 FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {

@@ -168,12 +168,13 @@ struct FloatSimd {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), y);
   }
 
-  // -x / ln(2) as n + f. The instructions take any number: infinity has no f, and its power is
-  // infinity or zero.
+  // -x / ln(2) as n + f. The instructions take infinity, too, but are slow to make a subnormal.
   template <int N>
   static EFFNET_INLINE void split(V (&f)[N], V (&n)[N], const V (&x)[N]) {
     EFFNET_UNROLL
     for (int i = 0; i < N; ++i) n[i] = x[i] * set(-kLog2e);
+    EFFNET_UNROLL
+    for (int i = 0; i < N; ++i) n[i] = max(n[i], set(kExp2Low));
     EFFNET_UNROLL
     for (int i = 0; i < N; ++i) f[i] = _mm512_reduce_ps(n[i], _MM_FROUND_TO_NEAREST_INT);
     EFFNET_UNROLL
