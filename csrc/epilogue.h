@@ -44,13 +44,12 @@ EFFNET_INLINE V activate(Activation activation, V x) {
     case Activation::silu:
       return x * Math::sigmoid(x);
     case Activation::hardswish:
-      return x * Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
-             Math::set(1.0 / 6);
+      return Math::sixth(x *
+                         Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)));
     case Activation::sigmoid:
       return Math::sigmoid(x);
     case Activation::hardsigmoid:
-      return Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)) *
-             Math::set(1.0 / 6);
+      return Math::sixth(Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)));
   }
   return x;
 }

@@ -370,7 +370,7 @@ def test_copies_and_restore() -> None:
     model = prepare(copy.deepcopy(stock))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not is_prepared(other)
-        torch.testing.assert_close(run(other, images()), run(model, images()))
+        torch.testing.assert_close(run(other, images()), run(model, images()), rtol=1e-5, atol=1e-4)
         assert is_prepared(prepare(other))
     restore(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]

@@ -67,7 +67,8 @@ constexpr GemmFormat kGemmFormat = {Simd<T>::lanes, Products<T>::step,
                                     sizeof(typename Products<T>::Value),
                                     sizeof(typename Simd<T>::Scalar)};
 
-// Bytes of a panel between what is loaded and what is asked for.
+// Bytes of a panel between what is loaded and what is fetched from L2, where a panel passes by for
+// every tile.
 constexpr int kAhead = 1024;
 // Output channels of a panel but the last.
 template <class S>
@@ -213,10 +214,11 @@ EFFNET_INLINE void store_result(const GemmOutput<To>& out, int64_t offset, int n
 }
 
 // The first M rows times one panel of `columns` channels from channel k on, to `out`, which belongs
-// to that channel.
+// to that channel. On the way it fetches what is at `next`, `pace` bytes a step.
 template <class T, class To, int N, int M>
 void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel,
-                   const Matrix<T>& matrix, int64_t k, const GemmOutput<To>& out) {
+                   const Matrix<T>& matrix, int64_t k, const GemmOutput<To>& out, const char* next,
+                   int pace) {
   using P = Products<T>;
   using S = Simd<T>;
   using V = typename S::V;
@@ -241,8 +243,9 @@ void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel
       const int values = lesser(rows.piece, end - c);
       for (int i = 0; i < values; i += P::step, panel += N * P::step * L) {
         V b[N];
-        // A panel of a k x k convolution passes by in L2 for every tile.
-        __builtin_prefetch(panel + kAhead / sizeof(*panel));
+        prefetch(panel + kAhead / sizeof(*panel));
+        prefetch(next);
+        next += pace;
         EFFNET_UNROLL
         for (int v = 0; v < N; ++v) b[v] = P::load(panel + v * P::step * L);
         EFFNET_UNROLL
@@ -292,7 +295,7 @@ void multiply_tile(const Rows<T>& rows, const typename Products<T>::Value* panel
 
 template <class T, class To>
 using MultiplyTile = void (*)(const Rows<T>&, const typename Products<T>::Value*, const Matrix<T>&,
-                              int64_t, const GemmOutput<To>&);
+                              int64_t, const GemmOutput<To>&, const char*, int);
 
 template <class T, class To, int N, int... M>
 EFFNET_INLINE MultiplyTile<T, To> multiply_tile_of(int rows, std::integer_sequence<int, M...>) {
@@ -309,9 +312,15 @@ void multiply_vectors(Rows<T> rows, int count, const Matrix<T>& matrix, int64_t 
   constexpr std::make_integer_sequence<int, Most> sizes{};
   const int tiles = (count + Most - 1) / Most, least = count / tiles, longer = count % tiles;
   const auto* values = matrix.values + matrix.offset(panel);
-  for (int tile = 0; tile < tiles; ++tile) {
+  // Each tile fetches a part of the next panel, which may be in no cache: it comes while all of
+  // them compute, and not while the first one waits.
+  const int pace = N * Products<T>::step * Simd<T>::lanes * sizeof(*values) / tiles;
+  const int64_t steps = matrix.depth / Products<T>::step;
+  const char* next = reinterpret_cast<const char*>(values + matrix.offset(1));
+  for (int tile = 0; tile < tiles; ++tile, next += steps * pace) {
     const int size = least + (tile < longer ? 1 : 0);
-    multiply_tile_of<T, To, N>(size, sizes)(rows, values, matrix, panel * kPanel<Simd<T>>, out);
+    multiply_tile_of<T, To, N>(size, sizes)(rows, values, matrix, panel * kPanel<Simd<T>>, out,
+                                            next, pace);
     rows.values += size * rows.stride;
     out.to += size * out.stride;
     if (out.residual != nullptr) out.residual += size * out.stride;

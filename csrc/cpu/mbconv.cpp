@@ -80,9 +80,12 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   p.expand_panels = f.panels(s.channels);
   p.project_panels = f.panels(a.out_channels);
   const int64_t pixels = int64_t{s.out_h} * s.out_w;
+  // Of two threads one multiplies half of the rows, or where the weights are more than those, all
+  // rows by half of the weights.
+  const bool deep = a.out_channels >= pixels;
   const int64_t rows = std::max<int64_t>(kProjectBytes / (s.channels * f.value_bytes), 24);
-  p.project_rows = ceil_div(pixels, ceil_div(pixels, rows));
-  p.gate_weights = exact && a.out_channels < pixels;
+  p.project_rows = deep ? pixels : ceil_div(pixels, ceil_div(pixels, rows));
+  p.gate_weights = exact && !deep;
   return p;
 }
 
@@ -192,7 +195,9 @@ class MbconvStage final : public Stage {
     const int64_t pixels = output.pixels();
     const int64_t row_blocks = ceil_div(pixels, p_.project_rows);
     const int64_t groups = std::clamp<int64_t>(kProjectItems / row_blocks, 1, p_.project_panels);
-    team.share(row_blocks * groups, 1, [&](int64_t begin, int64_t end) {
+    // Rows are gated once for all groups of a piece.
+    const int64_t least = gate == nullptr ? 1 : ceil_div(groups, team.threads());
+    team.share(row_blocks * groups, least, [&](int64_t begin, int64_t end) {
       const GemmFormat& f = k_.format;
       const Memory rows(p_.project_rows * f.depth(a.shape.channels) * f.value_bytes);
       while (begin < end) {

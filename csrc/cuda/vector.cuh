@@ -246,6 +246,8 @@ struct Math {
     return y;
   }
 
+  static EFFNET_DEVICE Value sixth(const Value& x) { return x * set(1.f / 6); }
+
   static EFFNET_DEVICE Value if_positive(const Value& x, const Value& y) {
     Value z;
 #pragma unroll
