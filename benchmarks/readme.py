@@ -184,7 +184,7 @@ has BN folded and the weights packed beforehand; `+compile` is `torch.compile` o
 
 ## What keeps a CPU from more
 
-What profiles of a model alone say, on two AVX2 cores that others share; the figures are counts.
+What profiles of a model alone say, on two cores that others share; the figures are counts.
 
 - **The processors.** In quiet minutes the second thread makes B0 nearly twice as fast, in busy ones
   hardly faster at all. Threads that wait for memory get more out of shared execution units than
@@ -196,6 +196,11 @@ What profiles of a model alone say, on two AVX2 cores that others share; the fig
   hard-swish is a fraction of it.
 - **Weights at batch 1.** Each is read once an image, B0's 21 MB and B4's 76 MB from memory if
   anything else has been in the shared cache. Blocks of 7 x 7 pixels read 2 to 3 MB for 50 MFLOP.
+- **One image on two cores.** What a thread reads of a block the other one half wrote, but for the
+  first blocks, whose halves of an image stay with a thread.
+- **bfloat16** halves the bytes and not the arithmetic: where a product of bfloat16 pairs is slower
+  than the two of float32 that it takes the place of, as on Intel's cores with matrix units, ours
+  are of float32. The matrix units (AMX) themselves are not used.
 - **The look at what may have changed**, at each call of a prepared model, is Python's.
 """
 
