@@ -1,7 +1,9 @@
 """Timing contenders side by side, so that what the machine does meanwhile hits all alike.
 
-Contenders take turns: a round is one sample of each, in an order that rotates. Each contender is
-measured on two kinds of memory:
+Contenders take turns: a round is one sample of each, in an order that rotates. On a CPU a sample
+begins when this process is at rest: an engine's threads look out for its next call for up to a
+tenth of a second, on the processors that the contender after it needs. Each contender is measured
+on two kinds of memory:
 
 *   ``warm``: one set of inputs, over and over; what fits into the caches stays there.
 *   ``cold``: the inputs (and the results, which are kept) go round as many sets as exceed the last
@@ -31,6 +33,11 @@ _LEAST_ROUNDS = 7
 _MOST_ROUNDS = 200
 _MOST_SETS = 256
 _GRAPH_CALLS = 20
+_LOOK = 0.005
+"""Seconds between two looks at what has run."""
+_REST = 0.05
+"""Of one processor, what is no more than looking takes."""
+_LONGEST_WAIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -121,22 +128,35 @@ def _sampler(contender: Contender, device: torch.device, cold: bool) -> tuple[Sa
     return (_cold_sampler if cold else _warm_sampler)(contender.call, sets)
 
 
+def _wait_for_rest() -> None:
+    """Waits until no thread of this process runs, but not forever: one may be meant to."""
+    deadline = time.perf_counter() + _LONGEST_WAIT
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(_LOOK)
+        if time.process_time() - used < _REST * _LOOK:
+            return
+
+
 def _warm_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
     def sample() -> float:
-        call(sets[0])  # the contender before this one had the caches
+        _wait_for_rest()
+        call(sets[0])  # its threads are asleep, and the contender before this one had the caches
         began = time.perf_counter()
         result = call(sets[0])
         took = time.perf_counter() - began
         del result
         return took
 
-    return sample, "one call, after one untimed"
+    return sample, "one call, after rest and one untimed"
 
 
 def _cold_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
     turns = itertools.cycle(sets)
 
     def sample() -> float:
+        _wait_for_rest()
+        call(next(turns))  # its threads are asleep
         inputs = next(turns)
         began = time.perf_counter()
         result = call(inputs)
@@ -144,7 +164,7 @@ def _cold_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
         del result
         return took
 
-    return sample, f"one call, {len(sets)} sets of inputs in turn"
+    return sample, f"one call, after rest and one untimed, {len(sets)} sets in turn"
 
 
 def _cuda_sampler(

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,7 +150,9 @@ def test_contenders_take_turns() -> None:
     names = ["a", "b", "c"]
     timings = timing.measure([contender(n) for n in names], CPU, cold=True, seconds=0.0)
     assert all(len(timings[name].samples) == 7 for name in names)
-    rounds = [[name for name, _ in calls[i : i + 3]] for i in range(6, len(calls), 3)]
+    turns = [name for name, _ in calls]
+    assert turns[::2] == turns[1::2]  # untimed, timed
+    rounds = [turns[i : i + 6 : 2] for i in range(12, len(turns), 6)]
     assert rounds[:3] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
     of_a = [index for name, index in calls if name == "a"]
     assert of_a == [i % 3 for i in range(len(of_a))]
@@ -165,6 +168,33 @@ def test_samples_are_the_time_of_a_call() -> None:
     assert 0.01 <= measured.median < 1
     assert measured.quartiles[0] <= measured.median <= measured.quartiles[1]
     assert timing.Timing((1.0, 2.0, 3.0, 4.0, 5.0), "").quartiles == (2.0, 4.0)
+
+
+def test_contenders_begin_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a contender leaves running for 60 ms has ended when the next one begins."""
+    now = used = left_running = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now, used
+        now, used = now + seconds, used + min(max(left_running - now, 0.0), seconds)
+
+    def spin(_: None) -> None:
+        nonlocal left_running
+        left_running = now + 0.06
+
+    def look(_: None) -> None:
+        assert now >= left_running
+
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: used, sleep=sleep)
+    monkeypatch.setattr(timing, "time", clock)
+    pair = [Contender("spins", spin, [None]), Contender("looks", look, [None])]
+    timing.measure(pair, CPU, cold=False, seconds=1.0)
+    assert left_running > 7 * 0.06
+
+    left_running = float("inf")  # a thread that never rests is not waited for
+    before = now
+    timing.measure([Contender("looks", lambda _: None, [None])], CPU, cold=False, seconds=0.0)
+    assert now - before < 7
 
 
 def test_sets_for_cold() -> None:
