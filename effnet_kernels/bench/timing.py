@@ -1,9 +1,10 @@
 """Timing contenders side by side, so that what the machine does meanwhile hits all alike.
 
-Contenders take turns: a round is one sample of each, in an order that rotates. On a CPU a sample
+Contenders take turns: a round is one sample of each, in an order that rotates. On a CPU a turn
 begins when this process is at rest: an engine's threads look out for its next call for up to a
-tenth of a second, on the processors that the contender after it needs. Each contender is measured
-on two kinds of memory:
+tenth of a second, on the processors that the contender after it needs. Untimed calls come first,
+until threads are awake and processors as fast as they are in the middle of work. Each contender is
+measured on two kinds of memory:
 
 *   ``warm``: one set of inputs, over and over; what fits into the caches stays there.
 *   ``cold``: the inputs (and the results, which are kept) go round as many sets as exceed the last
@@ -38,6 +39,8 @@ _LOOK = 0.005
 _REST = 0.05
 """Of one processor, what is no more than looking takes."""
 _LONGEST_WAIT = 0.5
+_WARM_UP = 0.03
+"""Seconds of untimed calls, at least."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _sampler(contender: Contender, device: torch.device, cold: bool) -> tuple[Sa
     sets = list(contender.inputs) if cold else [contender.inputs[0]]
     if device.type == "cuda":
         return _cuda_sampler(contender, device, sets)
-    return (_cold_sampler if cold else _warm_sampler)(contender.call, sets)
+    return _cpu_sampler(contender.call, sets)
 
 
 def _wait_for_rest() -> None:
@@ -138,25 +141,16 @@ def _wait_for_rest() -> None:
             return
 
 
-def _warm_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
-    def sample() -> float:
-        _wait_for_rest()
-        call(sets[0])  # its threads are asleep, and the contender before this one had the caches
-        began = time.perf_counter()
-        result = call(sets[0])
-        took = time.perf_counter() - began
-        del result
-        return took
-
-    return sample, "one call, after rest and one untimed"
-
-
-def _cold_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
+def _cpu_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
     turns = itertools.cycle(sets)
 
     def sample() -> float:
         _wait_for_rest()
-        call(next(turns))  # its threads are asleep
+        warm = time.perf_counter() + _WARM_UP
+        while True:
+            call(next(turns))
+            if time.perf_counter() >= warm:
+                break
         inputs = next(turns)
         began = time.perf_counter()
         result = call(inputs)
@@ -164,7 +158,7 @@ def _cold_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
         del result
         return took
 
-    return sample, f"one call, after rest and one untimed, {len(sets)} sets in turn"
+    return sample, f"one call after {_WARM_UP} s of others, {len(sets)} sets of inputs in turn"
 
 
 def _cuda_sampler(
