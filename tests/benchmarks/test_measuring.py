@@ -174,28 +174,39 @@ def test_samples_are_the_time_of_a_call() -> None:
 def test_contenders_begin_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a contender leaves running for 60 ms has ended when the next one begins."""
     now = used = left_running = 0.0
+    untimed = 0
 
-    def sleep(seconds: float) -> None:
+    def wait(seconds: float) -> None:
         nonlocal now, used
         now, used = now + seconds, used + min(max(left_running - now, 0.0), seconds)
 
     def spin(_: None) -> None:
-        nonlocal left_running
-        left_running = now + 0.06
+        nonlocal left_running, untimed
+        wait(0.001)
+        left_running, untimed = now + 0.06, 0
 
     def look(_: None) -> None:
+        nonlocal untimed
         assert now >= left_running
+        wait(0.01)
+        untimed += 1
 
-    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: used, sleep=sleep)
+    def never_rest(_: None) -> None:
+        nonlocal left_running
+        wait(0.01)
+        left_running = float("inf")
+
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: used, sleep=wait)
     monkeypatch.setattr(timing, "time", clock)
     pair = [Contender("spins", spin, [None]), Contender("looks", look, [None])]
-    timing.measure(pair, CPU, cold=False, seconds=1.0)
+    measured = timing.measure(pair, CPU, cold=False, seconds=1.0)
     assert left_running > 7 * 0.06
+    assert untimed >= 3  # 30 ms
+    assert measured["looks"].median == pytest.approx(0.01)
 
-    left_running = float("inf")  # a thread that never rests is not waited for
     before = now
-    timing.measure([Contender("looks", lambda _: None, [None])], CPU, cold=False, seconds=0.0)
-    assert now - before < 7
+    timing.measure([Contender("never rests", never_rest, [None])], CPU, cold=False, seconds=0.0)
+    assert now - before < 9 * 0.6
 
 
 def test_sets_for_cold() -> None:
