@@ -4,6 +4,7 @@
 // `Math` supplies the arithmetic for a value type V (float on the GPU, a SIMD vector on the CPU):
 //   V Math::set(constant)           broadcast; double constants serve a Math of double
 //   V Math::min(V, V), Math::max(V, V)
+//   V Math::sixth(V)                a sixth of it
 //   V Math::sigmoid(V)
 //   V Math::if_positive(V x, V y)   x > 0 ? y : 0, element by element
 // The activation is an ordinary argument: kernels pass a compile-time constant, which folds the
@@ -31,6 +32,10 @@ enum class Activation : int {
 };
 
 constexpr int kActivations = 7;
+
+// 1/6 in two parts of one sign. As one float32 it is off by a quarter of an epsilon, always to the
+// same side: a network of hard-swish adds that up, layer by layer.
+constexpr float kSixth = 0x1.555554p-3f, kSixthRest = 0x1.555556p-27f;
 
 template <class Math, class V>
 EFFNET_INLINE V activate(Activation activation, V x) {

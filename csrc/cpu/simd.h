@@ -81,13 +81,19 @@ struct Round<half> {
   }
 };
 
-// 1/6 in two parts of one sign. As one float32 it is off by a quarter of an epsilon, always to the
-// same side: a network of hard-swish adds that up, layer by layer.
-constexpr float kSixth = 0x1.555554p-3f, kSixthRest = 0x1.555556p-27f;
-
-// 2^f = 1 + f * P(f) for |f| <= 1/2: relative error 1.1e-7, by minimax over that interval.
-constexpr float kExp2[5] = {0.6931470036506653f, 0.24022242426872253f, 0.05550733953714371f,
-                            0.009671512991189957f, 0.001326472032815218f};
+// 2^f = 1 + f * P(f) for |f| <= 1/2, by minimax over that interval: relative error 1.1e-7, and of
+// the coarse one 1.0e-4.
+struct FineExp2 {
+  static constexpr int terms = 5;
+  static constexpr float of[terms] = {0.6931470036506653f, 0.24022242426872253f,
+                                      0.05550733953714371f, 0.009671512991189957f,
+                                      0.001326472032815218f};
+};
+struct CoarseExp2 {
+  static constexpr int terms = 3;
+  static constexpr float of[terms] = {0.6932829022407532f, 0.2422109693288803f,
+                                      0.055009059607982635f};
+};
 constexpr float kLog2e = 1.44269504088896341f;
 // Adding it to a small number rounds that to an integer, found in the low bits.
 constexpr float kRound = 0x1.8p23f;
@@ -116,14 +122,15 @@ EFFNET_INLINE void split_exponents(typename S::V (&f)[N], typename S::V (&n)[N],
 // times as long as a scheduler, which would not find the next chain behind it.
 template <class S, int N>
 EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typename S::V (&x)[N]) {
+  using P = typename S::Exp2;
   typename S::V f[N], n[N];
   S::template split<N>(f, n, x);
   EFFNET_UNROLL
-  for (int i = 0; i < N; ++i) d[i] = S::fma(S::set(kExp2[4]), f[i], S::set(kExp2[3]));
+  for (int i = 0; i < N; ++i) d[i] = S::set(P::of[P::terms - 1]);
   EFFNET_UNROLL
-  for (int term = 2; term >= 0; --term) {
+  for (int term = P::terms - 2; term >= 0; --term) {
     EFFNET_UNROLL
-    for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(kExp2[term]));
+    for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(P::of[term]));
   }
   EFFNET_UNROLL
   for (int i = 0; i < N; ++i) d[i] = S::fma(d[i], f[i], S::set(1.f));
@@ -138,6 +145,7 @@ EFFNET_INLINE void one_plus_exp_of_negative(typename S::V (&d)[N], const typenam
 struct FloatSimd {
   using V = __m512;
   using Scalar = float;
+  using Exp2 = FineExp2;
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
 
@@ -258,6 +266,7 @@ struct FloatSimd {
 struct FloatSimd {
   using V = __m256;
   using Scalar = float;
+  using Exp2 = FineExp2;
   static constexpr int lanes = 8;
   static constexpr int registers = 16;
 
@@ -359,6 +368,7 @@ struct FloatSimd {
 struct FloatSimd {
   using V = float __attribute__((vector_size(16)));
   using Scalar = float;
+  using Exp2 = FineExp2;
   static constexpr int lanes = 4;
   static constexpr int registers = 16;
 
@@ -444,9 +454,21 @@ struct DoubleSimd {
 
 #endif
 
+// What is rounded to bfloat16, by 2^-9, is activated to 2^-12.
+struct CoarseSimd : FloatSimd {
+  using Exp2 = CoarseExp2;
+#if defined(EFFNET_TARGET_AVX512)
+  static EFFNET_INLINE V quotient(V x, V d) { return x * _mm512_rcp14_ps(d); }
+#endif
+};
+
 template <class T>
 struct SimdOf {
   using type = FloatSimd;
+};
+template <>
+struct SimdOf<bfloat16> {
+  using type = CoarseSimd;
 };
 #if defined(EFFNET_TARGET_BASELINE)
 template <>

@@ -246,7 +246,13 @@ struct Math {
     return y;
   }
 
-  static EFFNET_DEVICE Value sixth(const Value& x) { return x * set(1.f / 6); }
+  static EFFNET_DEVICE Value sixth(const Value& x) {
+    if constexpr (!std::is_same_v<T, float>) return x * set(kSixth);  // rounded to much less
+    Value y;
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = fmaf(x[i], kSixth, x[i] * kSixthRest);
+    return y;
+  }
 
   static EFFNET_DEVICE Value if_positive(const Value& x, const Value& y) {
     Value z;
