@@ -10,15 +10,17 @@
 
 namespace effnet {
 
-// How a call is cut into items. Channels are taken in vectors of `lanes`, vectors in blocks. Each
-// image is cut into bands of output rows and strips of output columns, and these units, in the
-// order (image, band, strip), are grouped into slots. An item is one block of one slot; items are
-// numbered slot * blocks + block. All of it depends on the shape and the instruction set only,
-// never on the number of threads, and so does every rounding.
+// How a call is cut into items. Channels are taken in vectors of `lanes`, vectors in blocks: as
+// equal as they can be where groups of `group` vectors stay together, with those that make no group
+// in the last one. Each image is cut into bands of output rows and strips of output columns, and
+// these units, in the order (image, band, strip), are grouped into slots. An item is one block of
+// one slot; items are numbered slot * blocks + block. All of it depends on the shape and the
+// instruction set only, never on the number of threads, and so does every rounding.
 struct DepthwisePlan {
   int lanes;
   int vectors;
-  int block_vectors;
+  int group;
+  int block_vectors;  // of the largest block, or more
   int blocks;
   int bands, band_rows;
   int strips, strip_cols;

@@ -48,8 +48,10 @@ struct Block {
 };
 
 EFFNET_INLINE Block block_at(const ConvShape& s, const DepthwisePlan& p, int index) {
-  const int first = index * p.block_vectors;
-  const int vectors = lesser(p.block_vectors, p.vectors - first);
+  const auto begin = [&](int block) {
+    return block == p.blocks ? p.vectors : block * (p.vectors / p.group) / p.blocks * p.group;
+  };
+  const int first = begin(index), vectors = begin(index + 1) - first;
   return {index, vectors, int64_t{first} * p.lanes,
           lesser(p.lanes, s.channels - (first + vectors - 1) * p.lanes)};
 }

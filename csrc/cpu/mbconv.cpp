@@ -22,8 +22,6 @@ namespace {
 
 constexpr KernelsByIsa<MbconvKernels> kernels_for = EFFNET_KERNELS_BY_ISA(mbconv_kernels);
 
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 // The rows under a window of the depthwise convolution, of one block of channels, stay in L1.
 constexpr int64_t kWindowBytes = 32 * 1024;
 // The items of an image that threads share, about: blocks of channels, if there are that many, and
@@ -48,15 +46,15 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   d.lanes = f.lanes;
   d.vectors = static_cast<int>(ceil_div(s.channels, d.lanes));
   d.tile = best_depthwise_tile(s.out_w);
-  const int64_t vector_bytes = d.lanes * size, pair = 2;
-  const int64_t fit = kWindowBytes / (int64_t{s.kernel} * s.in_w * vector_bytes);
-  int64_t block = std::min(fit / pair * pair, round_up(ceil_div(d.vectors, kItems), pair));
-  block = std::max(block, pair);
-  // Panels of the expansion are pairs of vectors, the last one has three where they are odd: a
-  // block of one would cut it.
-  while (block < d.vectors && d.vectors % block == 1) block += pair;
-  d.block_vectors = static_cast<int>(std::min<int64_t>(block, d.vectors));
-  d.blocks = static_cast<int>(ceil_div(d.vectors, d.block_vectors));
+  // Panels of the expansion are pairs of vectors, the last one has three where they are odd.
+  d.group = 2;
+  const int64_t groups = std::max(d.vectors / d.group, 1);
+  const int64_t group_bytes = d.group * d.lanes * size;
+  const int64_t fit = kWindowBytes / (int64_t{s.kernel} * s.in_w * group_bytes);
+  const int64_t wanted = std::max(kItems, ceil_div(groups, std::max<int64_t>(fit, 1)));
+  d.blocks = static_cast<int>(std::min(groups, wanted));
+  d.block_vectors = static_cast<int>(ceil_div(groups, d.blocks)) * d.group + d.vectors % d.group;
+  d.block_vectors = std::min(d.block_vectors, d.vectors);
 
   const int64_t overlap = a.expand_weight == nullptr ? 0 : s.kernel - s.stride;
   const int64_t most = std::min(s.out_h / (kRowsForOverlap * std::max<int64_t>(overlap, 1)),

@@ -123,7 +123,7 @@ void expand_depthwise(const MbconvInference& a, const MbconvPlan& p, const Mbcon
     const int width = b.vectors * L;
     const int64_t first = b.channel / kPanel<S>;
     const int64_t last = block == blocks - 1 ? p.expand_panels : first + width / kPanel<S>;
-    Window<S> window;
+    Window<Simd<F>> window;
     window.pitch = L;
     window.step = expands ? width : p.input_stride;
     window.origin = -s.pad_left;
