@@ -45,10 +45,12 @@ std::vector<Segment> segments_of(const Stages& stages) {
   return segments;
 }
 
-// Pixels [begin, end) of an image of channel planes to channels-last.
-template <class Element>
-void interleave(const void* planes, void* image, int64_t channels, int64_t pixels, int64_t begin,
+// Pixels [begin, end) of an image of channel planes to channels-last. Channels is their number, or
+// 0 where that is only known when it runs.
+template <class Element, int Channels>
+void interleave(const void* planes, void* image, const ImageShape& shape, int64_t begin,
                 int64_t end) {
+  const int64_t channels = Channels == 0 ? shape.channels : Channels, pixels = shape.pixels();
   const Element* from = static_cast<const Element*>(planes);
   Element* to = static_cast<Element*>(image);
   for (int64_t i = begin; i < end; ++i) {
@@ -56,19 +58,28 @@ void interleave(const void* planes, void* image, int64_t channels, int64_t pixel
   }
 }
 
-void interleave(const void* planes, void* image, const ImageShape& shape, int64_t element,
-                Team& team) {
+template <class Element>
+void interleave(const void* planes, void* image, const ImageShape& shape, Team& team) {
   constexpr int64_t kLeast = 1 << 13;
   team.share(shape.pixels(), kLeast, [&](int64_t begin, int64_t end) {
-    switch (element) {
-      case 2:
-        return interleave<uint16_t>(planes, image, shape.channels, shape.pixels(), begin, end);
-      case 4:
-        return interleave<uint32_t>(planes, image, shape.channels, shape.pixels(), begin, end);
-      default:
-        return interleave<uint64_t>(planes, image, shape.channels, shape.pixels(), begin, end);
+    if (shape.channels == 3) {
+      interleave<Element, 3>(planes, image, shape, begin, end);
+    } else {
+      interleave<Element, 0>(planes, image, shape, begin, end);
     }
   });
+}
+
+void interleave(const void* planes, void* image, const ImageShape& shape, int64_t element,
+                Team& team) {
+  switch (element) {
+    case 2:
+      return interleave<uint16_t>(planes, image, shape, team);
+    case 4:
+      return interleave<uint32_t>(planes, image, shape, team);
+    default:
+      return interleave<uint64_t>(planes, image, shape, team);
+  }
 }
 
 // Images on their way through all stages. Of an image only what lies between two segments is kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,6 +27,7 @@ _training = operator.itemgetter("training")
 _hooks = operator.itemgetter(*HOOKS)
 _version = operator.attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
+_END = object()
 
 
 class _State:
@@ -39,13 +40,18 @@ class _State:
         scripted = torch.jit.ScriptModule
         modules = [m for m in module.modules() if not isinstance(m, scripted)]
         self._attributes = [m.__dict__ for m in modules]
+        self._below = self._attributes[1:]
         self._child_dicts = [m.__dict__["_modules"] for m in modules]
-        self._children = _values_of(self._child_dicts)
+        self._children = list(_values_of(self._child_dicts))
+        # Where there is none, in an activation or a sequence, nothing reads one.
         self._tensor_dicts = [
-            m.__dict__[kind] for m in modules for kind in ("_parameters", "_buffers")
+            tensors
+            for m in modules
+            for tensors in (m.__dict__["_parameters"], m.__dict__["_buffers"])
+            if tensors
         ]
-        self._held = _values_of(self._tensor_dicts)
-        self._tensors = [tensor for tensor in self._held if tensor is not None]
+        self._held = list(_values_of(self._tensor_dicts))
+        self._tensors = [t for t in self._held if t is not None and t is not _END]
         self._versions = _versions(self._tensors)
         # Held, so that no other tensor gets their memory, and a pointer says which it is.
         self._memory = [tensor.detach() for tensor in self._tensors]
@@ -61,11 +67,10 @@ class _State:
 
     def is_bypassing_something(self) -> bool:
         """Whether the network would leave out what a child does when it is called."""
-        below = self._attributes[1:]
         return (
             any(map(_training, self._attributes))
-            or any(chain.from_iterable(map(_hooks, below)))
-            or any("forward" in attributes for attributes in below)
+            or any(chain.from_iterable(map(_hooks, self._below)))
+            or any("forward" in attributes for attributes in self._below)
         )
 
     def stays(self) -> bool:
@@ -102,12 +107,14 @@ class _Prepared:
 _PREPARED: weakref.WeakKeyDictionary[nn.Module, _Prepared] = weakref.WeakKeyDictionary()
 
 
-def _values_of(dicts: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(map(_values, dicts)))
+def _values_of(dicts: list[Any]) -> Iterator[Any]:
+    """All values, and an end that is none of them."""
+    return chain(chain.from_iterable(map(_values, dicts)), (_END,))
 
 
-def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
+def _same(now: Iterator[Any], before: list[Any]) -> bool:
+    """Whether both have the same objects up to the end that both have."""
+    return all(map(operator.is_, now, before))
 
 
 def _versions(tensors: list[Any]) -> list[int] | None:
