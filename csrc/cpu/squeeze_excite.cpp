@@ -74,7 +74,7 @@ void excite(const Gate& a, void* excited) {
 }
 
 int64_t packed_block_bytes(const SqueezeExciteGate& a) {
-  return (1 + int64_t{a.squeezed}) * kGateBlock * element_size(a.accumulate);
+  return packed_block_size(a) * element_size(a.accumulate);
 }
 
 }  // namespace

@@ -42,6 +42,10 @@ struct SqueezeExciteKernels {
 };
 
 constexpr int kGateBlock = 64;
+// Values of a packed block.
+inline int64_t packed_block_size(const SqueezeExciteGate& a) {
+  return (1 + int64_t{a.squeezed}) * kGateBlock;
+}
 
 class Team;
 // The gate (squeeze_excite.cpp), with what pack_gate() made of expand_weight and expand_bias in

@@ -246,7 +246,7 @@ void activate_values(Activation activation, void* values, int64_t count) {
 template <class T>
 void pack_gate(const SqueezeExciteGate& a, int64_t begin, int64_t end, void* packed) {
   using F = typename Simd<T>::Scalar;
-  const int64_t size = (1 + int64_t{a.squeezed}) * kGateBlock;
+  const int64_t size = packed_block_size(a);
   F* to = typed<F>(packed);
   for (int64_t block = begin; block < end; ++block, to += size) {
     const int64_t first = block * kGateBlock;
@@ -268,7 +268,7 @@ void gate(const SqueezeExciteGate& a, const void* excited, const void* packed, i
   using V = typename S::V;
   constexpr int L = S::lanes, N = kGateBlock / L < 4 ? kGateBlock / L : 4;
   const F* weight = typed<F>(packed);
-  for (int64_t block = begin; block < end; ++block, weight += (1 + a.squeezed) * kGateBlock) {
+  for (int64_t block = begin; block < end; ++block, weight += packed_block_size(a)) {
     const int64_t first = block * kGateBlock;
     const int channels = lesser(a.channels - first, kGateBlock);
     for (int64_t n = 0; n < a.batch; ++n) {
