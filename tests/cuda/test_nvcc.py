@@ -202,6 +202,9 @@ def test_register_budget(source: Path, exhaustive: bool) -> None:
 
 def main(names: list[str]) -> None:
     """Writes ``budget.json`` and ``occupancy.json``, of some sources or of all."""
+    unknown = set(names) - {source.name for source in SOURCES}
+    if unknown:
+        sys.exit(f"no such source: {', '.join(sorted(unknown))}")
     budget = json.loads(BUDGET.read_text()) if names else {}
     for source in SOURCES:
         if names and source.name not in names:
