@@ -149,9 +149,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     return description
 
 
-def _least_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    samples = []
-    for turn in range(repeats + 2):
+def _least_seconds(
+    call: Callable[[], Any], device: torch.device, repeats: int, lasting: float = 0.0
+) -> float:
+    """The shortest of ``repeats`` calls, or of as many as take ``lasting`` seconds."""
+
+    def sample() -> float:
         if device.type == "cuda":
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
@@ -159,13 +162,17 @@ def _least_seconds(call: Callable[[], Any], device: torch.device, repeats: int) 
             call()
             end.record()
             end.synchronize()
-            took = float(start.elapsed_time(end)) / 1e3
-        else:
-            began = time.perf_counter()
-            call()
-            took = time.perf_counter() - began
-        if turn >= 2:
-            samples.append(took)
+            return float(start.elapsed_time(end)) / 1e3
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    for _ in range(2):
+        sample()
+    samples: list[float] = []
+    enough = time.perf_counter() + lasting
+    while len(samples) < repeats or time.perf_counter() < enough:
+        samples.append(sample())
     return min(samples)
 
 
@@ -201,9 +208,11 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     while True:
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
-        seconds = _least_seconds(functools.partial(torch.matmul, left, right), device, 5)
-        if size == largest or seconds > 0.2:
-            return 2 * size**3 / seconds
+        product = functools.partial(torch.matmul, left, right)
+        if size == largest or _least_seconds(product, device, 1) > 0.2:
+            # On processors that others share a rate can be halved for a second.
+            lasting = 0.0 if device.type == "cuda" else 2.0
+            return 2 * size**3 / _least_seconds(product, device, 5, lasting)
         size *= 2
 
 
