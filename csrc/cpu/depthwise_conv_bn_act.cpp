@@ -75,7 +75,6 @@ DepthwisePlan make_plan(const ConvShape& s, const DepthwiseKernels& k, int64_t e
   block = std::min<int64_t>(std::max(block, line), p.vectors);
   p.blocks = static_cast<int>(ceil_div(p.vectors, block));
   p.group = 1;
-  p.block_vectors = static_cast<int>(ceil_div(p.vectors, p.blocks));
 
   const int64_t bands = std::clamp<int64_t>(ceil_div(kItems, p.blocks * others), 1, most_bands);
   p.band_rows = static_cast<int>(ceil_div(s.out_h, bands));

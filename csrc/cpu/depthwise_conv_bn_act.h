@@ -20,7 +20,6 @@ struct DepthwisePlan {
   int lanes;
   int vectors;
   int group;
-  int block_vectors;  // of the largest block, or more
   int blocks;
   int bands, band_rows;
   int strips, strip_cols;
@@ -29,6 +28,12 @@ struct DepthwisePlan {
   int grad_tile;  // the same for columns of the input's gradient
   bool prefetch;  // the tensors are larger than what a cache keeps
 
+  // The first vector of a block, or what follows the last block's.
+  int block_begin(int block) const {
+    return block == blocks ? vectors : block * (vectors / group) / blocks * group;
+  }
+  // Of the last block, the largest one.
+  int block_vectors() const { return vectors - block_begin(blocks - 1); }
   int64_t units(const ConvShape& s) const { return s.batch * bands * strips; }
   int padded_channels() const { return vectors * lanes; }
 };

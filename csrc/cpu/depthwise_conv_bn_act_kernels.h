@@ -404,7 +404,7 @@ struct Convolution {
 
   Convolution(const ConvShape& shape, const DepthwisePlan& plan, Scratch<F>& scratch)
       : s(shape), p(plan) {
-    const int64_t vectors = int64_t{p.block_vectors} * S::lanes;
+    const int64_t vectors = int64_t{p.block_vectors()} * S::lanes;
     out_columns = round_up(lesser(p.strip_cols, s.out_w), p.tile);
     in_columns = (out_columns - 1) * s.stride + s.kernel;
     ring.data = scratch.take(vectors * in_columns * s.kernel);
@@ -416,7 +416,7 @@ struct Convolution {
 
   static int64_t scratch_size(const ConvShape& s, const DepthwisePlan& p) {
     const int64_t out = round_up(lesser(p.strip_cols, s.out_w), p.tile);
-    return int64_t{p.block_vectors} * S::lanes *
+    return int64_t{p.block_vectors()} * S::lanes *
            (((out - 1) * s.stride + s.kernel) * s.kernel + s.kernel * s.kernel + 2);
   }
 
@@ -601,9 +601,9 @@ struct ConvolutionSink {
         batch_stats(arguments.batch_stats),
         totals(scratch, plan),
         squares(scratch, plan),
-        origin(scratch.take(int64_t{plan.block_vectors} * L)),
-        row_sums(scratch.take(int64_t{plan.block_vectors} * L)),
-        row_squares(scratch.take(int64_t{plan.block_vectors} * L)) {}
+        origin(scratch.take(int64_t{plan.block_vectors()} * L)),
+        row_sums(scratch.take(int64_t{plan.block_vectors()} * L)),
+        row_squares(scratch.take(int64_t{plan.block_vectors()} * L)) {}
 
   void start(const Block& block) {
     b = &block;
@@ -697,8 +697,8 @@ void convolve(const DepthwiseTraining& a, const DepthwisePlan& p, int64_t begin,
   Scratch<F> scratch(memory);
   Convolution<T> conv(s, p, scratch);
   ConvolutionSink<T> sink(a, p, scratch);
-  F* zeros = scratch.take(int64_t{p.block_vectors} * L);
-  clear(zeros, int64_t{p.block_vectors} * L);
+  F* zeros = scratch.take(int64_t{p.block_vectors()} * L);
+  clear(zeros, int64_t{p.block_vectors()} * L);
   const auto correlate = correlate_for<T, ConvolutionSink<T>>(s, p.tile);
 
   int packed = -1;
@@ -844,7 +844,7 @@ void reduce(const DepthwiseBackward& a, const DepthwisePlan& p, int64_t begin, i
   const ConvShape& s = a.shape;
   const int64_t channels = s.channels;
   const int64_t padded = p.padded_channels();
-  const int64_t size = int64_t{p.block_vectors} * L;
+  const int64_t size = int64_t{p.block_vectors()} * L;
   Scratch<F> scratch(memory);
   PackedBatchNorm<F> bn(scratch, p);
   F* grad_pooled = scratch.take(size);
@@ -984,7 +984,7 @@ struct Gradients {
         bn(scratch, plan),
         scale_sums(scratch, plan),
         shift_sums(scratch, plan) {
-    const int64_t size = int64_t{p.block_vectors} * L;
+    const int64_t size = int64_t{p.block_vectors()} * L;
     halo = (s.kernel - 1) / s.stride;
     grad_columns = grad_input_columns(s, p);
     dz_columns = grad_columns / s.stride + halo;
@@ -1009,7 +1009,7 @@ struct Gradients {
   static int64_t scratch_size(const ConvShape& s, const DepthwisePlan& p) {
     const int64_t halo = (s.kernel - 1) / s.stride, columns = grad_input_columns(s, p);
     return Convolution<T>::scratch_size(s, p) +
-           int64_t{p.block_vectors} * L *
+           int64_t{p.block_vectors()} * L *
                ((columns / s.stride + halo) * (halo + 1) + columns + 12 + s.kernel * s.kernel);
   }
 
@@ -1267,7 +1267,7 @@ template <class T>
 size_t scratch_bytes(const ConvShape& s, const DepthwisePlan& p) {
   using F = typename Simd<T>::Scalar;
   // Room for the pieces' rounding to cache lines, and for the per-channel values of any kernel.
-  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors} * p.lanes * 24;
+  const int64_t slack = 32 * 64 / sizeof(F) + int64_t{p.block_vectors()} * p.lanes * 24;
   return static_cast<size_t>(Gradients<T>::scratch_size(s, p) + slack) * sizeof(F);
 }
 

@@ -48,10 +48,7 @@ struct Block {
 };
 
 EFFNET_INLINE Block block_at(const ConvShape& s, const DepthwisePlan& p, int index) {
-  const auto begin = [&](int block) {
-    return block == p.blocks ? p.vectors : block * (p.vectors / p.group) / p.blocks * p.group;
-  };
-  const int first = begin(index), vectors = begin(index + 1) - first;
+  const int first = p.block_begin(index), vectors = p.block_begin(index + 1) - first;
   return {index, vectors, int64_t{first} * p.lanes,
           lesser(p.lanes, s.channels - (first + vectors - 1) * p.lanes)};
 }
@@ -277,7 +274,7 @@ struct PackedBatchNorm {
   static constexpr int kVectors = 5;
 
   PackedBatchNorm(Scratch<F>& scratch, const DepthwisePlan& p)
-      : mean(scratch.take(int64_t{p.block_vectors} * p.lanes * kVectors)) {}
+      : mean(scratch.take(int64_t{p.block_vectors()} * p.lanes * kVectors)) {}
 
   void start_block(const BatchNorm& bn, const DepthwisePlan& p, const Block& b) {
     const int64_t size = int64_t{b.vectors} * p.lanes;
@@ -308,8 +305,8 @@ class RowSums {
   using V = typename S::V;
 
   RowSums(Scratch<F>& scratch, const DepthwisePlan& p)
-      : sums_(scratch.take(int64_t{p.block_vectors} * S::lanes)),
-        lost_(scratch.take(int64_t{p.block_vectors} * S::lanes)) {}
+      : sums_(scratch.take(int64_t{p.block_vectors()} * S::lanes)),
+        lost_(scratch.take(int64_t{p.block_vectors()} * S::lanes)) {}
 
   void clear(int vectors) {
     for (int v = 0; v < vectors; ++v) {

@@ -53,8 +53,6 @@ MbconvPlan make_plan(const MbconvInference& a, const MbconvKernels& k) {
   const int64_t fit = kWindowBytes / (int64_t{s.kernel} * s.in_w * group_bytes);
   const int64_t wanted = std::max(kItems, ceil_div(groups, std::max<int64_t>(fit, 1)));
   d.blocks = static_cast<int>(std::min(groups, wanted));
-  d.block_vectors = static_cast<int>(ceil_div(groups, d.blocks)) * d.group + d.vectors % d.group;
-  d.block_vectors = std::min(d.block_vectors, d.vectors);
 
   const int64_t overlap = a.expand_weight == nullptr ? 0 : s.kernel - s.stride;
   const int64_t most = std::min(s.out_h / (kRowsForOverlap * std::max<int64_t>(overlap, 1)),

@@ -16,7 +16,7 @@ namespace effnet {
 // which the depthwise convolution takes its windows. Where blocks are few they are cut into bands
 // of rows, each with sums of its own. Nothing else that is rounded depends on any of these.
 struct MbconvPlan {
-  DepthwisePlan depthwise;  // lanes, vectors, block_vectors, blocks and tile
+  DepthwisePlan depthwise;  // lanes, vectors, group, blocks and tile
   int band_rows;            // of the depthwise result
   int64_t bands;            // items are [band][block]
   int group_rows, ring_rows;

@@ -83,7 +83,7 @@ struct BlockSink {
 template <class T>
 size_t ring_bytes(const MbconvInference& a, const MbconvPlan& p) {
   using F = typename Simd<T>::Scalar;
-  const int64_t block = int64_t{p.depthwise.block_vectors} * p.depthwise.lanes;
+  const int64_t block = int64_t{p.depthwise.block_vectors()} * p.depthwise.lanes;
   const int64_t ring = a.expand_weight == nullptr ? 0 : p.ring_rows * a.shape.in_w * block;
   return (ring + 2 * block + 4 * 64 / sizeof(F)) * sizeof(F);
 }

@@ -247,11 +247,11 @@ struct Math {
   }
 
   static EFFNET_DEVICE Value sixth(const Value& x) {
-    if constexpr (!std::is_same_v<T, float>) return x * set(kSixth);  // rounded to much less
-    Value y;
-#pragma unroll
-    for (int i = 0; i < N; ++i) y[i] = fmaf(x[i], kSixth, x[i] * kSixthRest);
-    return y;
+    if constexpr (std::is_same_v<T, float>) {
+      return multiply_add(x, set(kSixth), x * set(kSixthRest));
+    } else {
+      return x * set(1.f / 6);
+    }
   }
 
   static EFFNET_DEVICE Value if_positive(const Value& x, const Value& y) {
