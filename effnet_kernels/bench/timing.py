@@ -1,10 +1,10 @@
 """Timing contenders side by side, so that what the machine does meanwhile hits all alike.
 
 Contenders take turns: a round is one sample of each, in an order that rotates. On a CPU a turn
-begins when this process is at rest: an engine's threads may look out for its next call for 50 ms,
-on the processors that the contender after it needs. Untimed calls come first,
-until threads are awake and processors as fast as they are in the middle of work. Each contender is
-measured on two kinds of memory:
+begins when this process is at rest: an engine's threads may look out for its next call for a while,
+on the processors that the contender after it needs. Untimed calls come first, until threads are
+awake and processors as fast as they are in the middle of work. Each contender is measured on two
+kinds of memory:
 
 *   ``warm``: one set of inputs, over and over; what fits into the caches stays there.
 *   ``cold``: the inputs (and the results, which are kept) go round as many sets as exceed the last

@@ -51,7 +51,7 @@ class _State:
             if tensors
         ]
         self._held = list(_values_of(self._tensor_dicts))
-        self._tensors = [t for t in self._held if t is not None and t is not _END]
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
         self._versions = _versions(self._tensors)
         # Held, so that no other tensor gets their memory, and a pointer says which it is.
         self._memory = [tensor.detach() for tensor in self._tensors]
