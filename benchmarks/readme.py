@@ -163,7 +163,7 @@ _HEAD = """\
 Drawn from `results/*/*.json` by `python benchmarks/readme.py`. Each problem's contenders took turns
 in one process with equal numbers of threads; times are medians of calls. On a CPU a turn begins
 when the threads of the contender before have gone to sleep, and 30 ms of untimed calls later it is
-timed: ONNX Runtime's look out for its next call for 50 ms, on the other's processors.
+timed: ONNX Runtime's look out for its next call for a while, on the other's processors.
 
 - **error**: the largest from the float64 model, over the largest value; of logits, in training of
   logits and gradients.
@@ -199,15 +199,15 @@ What profiles of a model alone say, on two cores that others share; the figures 
 - **Weights at batch 1.** Each is read once an image, B0's 21 MB and B4's 76 MB from memory if
   anything else has been in the shared cache. Blocks of 7 x 7 pixels read 2 to 3 MB for 50 MFLOP.
 - **One image on two cores.** What a thread reads of a block the other one half wrote, but for the
-  first blocks, whose halves of an image stay with a thread. Two threads are at work in nine tenths
-  of B0's time, and together take a third longer than one does alone.
+  first blocks, whose halves of an image stay with a thread. Two threads are at work nearly all
+  of B0's time, but together take longer than one does alone.
 - **bfloat16** halves the bytes and not the arithmetic: where a product of bfloat16 pairs is slower
   than the two of float32 that it takes the place of, as on Intel's cores with matrix units, ours
   are of float32. The matrix units (AMX) themselves are not used.
 - **The look at what may have changed**, at each call of a prepared model, is Python's.
 - **Training** leaves the matrix products and dense convolutions to PyTorch: V2-S's step is mostly
-  those, and `torch.compile` has the same ones. Of B0's at batch 1 products are a sixth, the
-  depthwise gradients a fifth, which a second thread makes 1.4 times as fast, and Python an eighth.
+  those, and `torch.compile` has the same ones. Of B0's at batch 1 the largest parts are
+  the depthwise gradients, which a second thread does not halve, the products, and Python's own.
 """
 
 
