@@ -47,7 +47,7 @@ EFFNET_INLINE V activate(Activation activation, V x) {
     case Activation::relu6:
       return Math::min(Math::max(x, Math::set(0.f)), Math::set(6.f));
     case Activation::silu:
-      return x * Math::sigmoid(x);
+      return Math::silu(x);
     case Activation::hardswish:
       return Math::sixth(x *
                          Math::min(Math::max(x + Math::set(3.f), Math::set(0.f)), Math::set(6.f)));

@@ -200,6 +200,7 @@ struct FloatSimd {
     const __mmask16 normal = _mm512_cmp_ps_mask(d, set(0x1p126f), _CMP_NGE_UQ);
     return x * _mm512_maskz_fmadd_ps(normal, q, _mm512_fnmadd_ps(d, q, set(1.f)), q);
   }
+  static EFFNET_INLINE V silu(V x) { return x * sigmoid(x); }
   static EFFNET_INLINE V sigmoid(V x) {
     V d[1];
     one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
@@ -299,6 +300,7 @@ struct FloatSimd {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
   }
   static EFFNET_INLINE V quotient(V x, V d) { return x / d; }
+  static EFFNET_INLINE V silu(V x) { return x * sigmoid(x); }
   static EFFNET_INLINE V sigmoid(V x) {
     V d[1];
     one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
@@ -393,6 +395,7 @@ struct FloatSimd {
     return (V)((I)p + ((I)biased << 23));
   }
   static EFFNET_INLINE V quotient(V x, V d) { return x / d; }
+  static EFFNET_INLINE V silu(V x) { return x * sigmoid(x); }
   static EFFNET_INLINE V sigmoid(V x) {
     V d[1];
     one_plus_exp_of_negative<FloatSimd, 1>(d, {x});
@@ -444,6 +447,7 @@ struct DoubleSimd {
   static EFFNET_INLINE V max(V a, V b) { return b > a ? b : a; }
   static EFFNET_INLINE V sixth(V x) { return x / 6; }
   static EFFNET_INLINE V if_positive(V x, V y) { return x > 0 ? y : 0; }
+  static EFFNET_INLINE V silu(V x) { return x * sigmoid(x); }
   static EFFNET_INLINE V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
   static EFFNET_INLINE V load(const double* p) { return *p; }
   static EFFNET_INLINE V load_once(const double* p) { return *p; }

@@ -158,7 +158,7 @@ StripTiling strip_tiling(const Device& device, const ConvShape& s) {
       const double used = static_cast<double>(all_lanes) / (blocks * lanes) * threads /
                           (ceil_div(threads, 32) * 32);
       const double score = used - (threads < kStripThreads / 2 ? 0.1 : 0.) - 1e-3 * blocks;
-      if (t.lanes == 0 || score > best) {
+      if (t.lanes == 0 || score >= best) {
         best = score;
         t.channel_blocks = blocks;
         t.lanes = lanes;
@@ -208,11 +208,11 @@ struct Forward {
     const int64_t blocks = int64_t{t.unit_blocks} * t.segments * t.channel_blocks;
     const int threads = t.lanes * t.units;
     if (training) {
-      device.launch(depthwise_conv_kernel<T, L, K, S, true>, blocks, threads, kStripSharedBytes<K>,
-                    f);
+      device.launch(depthwise_conv_kernel<T, L, K, S, true>, blocks, threads,
+                    StripSizes<T, L, K, S>::kSharedBytes, f);
     } else {
-      device.launch(depthwise_conv_kernel<T, L, K, S, false>, blocks, threads, kStripSharedBytes<K>,
-                    f);
+      device.launch(depthwise_conv_kernel<T, L, K, S, false>, blocks, threads,
+                    StripSizes<T, L, K, S>::kSharedBytes, f);
     }
   }
 };

@@ -3,22 +3,22 @@
 // A thread owns a lane of L channels (two, or one where their number or the pointers are odd) of a
 // strip of outputs (depthwise_strip.cuh) in one image after another. Neighbouring threads are
 // neighbouring lanes, so that a warp reads and writes whole 128-byte lines; the columns that
-// neighbouring strips share, and the rows that neighbouring segments do, come from the L1 and L2
-// caches. Nothing but the filter goes through shared memory, and no thread waits for another.
+// neighbouring strips share, and the rows that neighbouring segments do, come from the L2 cache. No
+// thread waits for another.
 //
 //     threadIdx.x = unit in block * lanes + lane          unit = group of images * strips + strip
 #pragma once
+
+#include <utility>
 
 #include "depthwise_strip.cuh"
 #include "moments.cuh"
 
 namespace effnet::cuda {
 
-constexpr int kStripThreads = 128;  // most of a block
 // Blocks that a multiprocessor is to hold: they leave a thread 128 and 168 registers.
 template <int K, int S>
 constexpr int kStripBlocks = K == 3 && S == 1 ? 4 : 3;
-static_assert(kFilterPitch >= 2 * kStripThreads);
 
 // Block index: channel block fastest (neighbours read the same lines), then segment, then units.
 struct StripTiling {
@@ -29,11 +29,6 @@ struct StripTiling {
   int images;  // of a unit, one after another
   int unit_blocks;
 };
-
-// Shared memory: the filters; after the walk, in training, the units' moments.
-template <int K>
-constexpr size_t kStripSharedBytes = K * K * kFilterPitch * sizeof(float);
-static_assert(kStripSharedBytes<3> >= 3 * kFilterPitch * sizeof(double));
 
 template <class T>
 struct ForwardArguments {
@@ -53,47 +48,44 @@ struct ForwardArguments {
   T* __restrict__ output;
 };
 
-// Reads a strip's window through the prologue.
+// The rows of a strip's window that exist, image by image, through the ring and the prologue.
 template <class Sizes>
 struct StripInput {
   using T = typename Sizes::T;
+  using Raw = typename Sizes::Raw;
   static constexpr int L = Sizes::L;
-  static constexpr uint32_t kAllColumns = (1u << Sizes::kColumns) - 1;
 
-  const T* window;  // element (row 0, column 0) of the image's window, there or not
-  int64_t row_stride;
-  int column_stride;
-  int first_row, in_h;
-  uint32_t columns;  // bit j: column j exists
+  const char* next;         // column 0, there or not, of the row that is copied next
+  int64_t row_bytes, rest;  // of a row; from behind an image's last row to the next one's first
+  uint32_t column_bytes;
+  int rows, rows_left;  // of an image; those of the current one that are not yet copied
+  int images_left;
+  int columns;                // bit j: column j exists
+  Raw* ring;                  // the thread's slot (0, 0) of (kStages, kColumns, kStripThreads)
+  int copied = 0, taken = 0;  // slots: the stages that come next
   bool has_prologue;
-  Floats<L> scale, shift;
   Activation activation;
+  Floats<L> scale, shift;
 
-  EFFNET_DEVICE bool load(int q, typename Sizes::Raw (&raw)[Sizes::kColumns]) const {
-    if (static_cast<unsigned>(first_row + q) >= static_cast<unsigned>(in_h)) return false;
-    const T* p = window + q * row_stride;
-    const int stride = opaque(column_stride);
-    if (columns == kAllColumns) {
+  // Starts on as many rows as there are stages but one.
+  EFFNET_DEVICE void begin() {
 #pragma unroll
-      for (int j = 0; j < Sizes::kColumns; ++j) {
-        raw[j] = load_vector<L>(p);
-        p += stride;
-      }
-      return true;
+    for (int i = 0; i < Sizes::kStages * Sizes::kColumns; ++i) {
+      // Never copied: stays zero.
+      if (!(columns >> i % Sizes::kColumns & 1)) ring[i * kStripThreads] = {};
     }
-#pragma unroll
-    for (int j = 0; j < Sizes::kColumns; ++j) {
-      raw[j] = {};
-      if (columns >> j & 1) raw[j] = load_vector<L>(p);
-      p += stride;
-    }
-    return true;
+#pragma unroll 1
+    for (int i = 1; i < Sizes::kStages; ++i) copy_row();
   }
 
-  EFFNET_DEVICE void values(const typename Sizes::Raw (&raw)[Sizes::kColumns],
-                            typename Sizes::Row& x) const {
+  // The next row's float32 values.
+  EFFNET_DEVICE void take(typename Sizes::Row& x) {
+    wait_for_copy_groups<Sizes::kStages - 2>();
+    const Raw* const stage = ring + taken;
 #pragma unroll
-    for (int j = 0; j < Sizes::kColumns; ++j) x[j] = unpack<T, L>(raw[j]);
+    for (int j = 0; j < Sizes::kColumns; ++j) x[j] = unpack<T, L>(stage[j * kStripThreads]);
+    taken = following(taken);
+    copy_row();  // where the row before this one was
     if (!has_prologue) return;
     Floats<Sizes::kColumns * L> y;
 #pragma unroll
@@ -104,6 +96,46 @@ struct StripInput {
       x[j] = columns >> j & 1 ? slice<L>(y, j) : broadcast<L>(0.f);
     }
   }
+
+ private:
+  static EFFNET_DEVICE int following(int stage) {
+    stage += Sizes::kStageSlots;
+    return stage == Sizes::kStages * Sizes::kStageSlots ? 0 : stage;
+  }
+
+  EFFNET_DEVICE void copy_row() {
+    if (images_left > 0) {
+      copy_columns(std::make_integer_sequence<int, Sizes::kColumns>{});
+      copied = following(copied);
+      next += row_bytes;
+      if (--rows_left == 0) {
+        rows_left = rows;
+        next += rest;
+        --images_left;
+      }
+    }
+    commit_copies();
+  }
+
+  template <int... kColumn>
+  EFFNET_DEVICE void copy_columns(std::integer_sequence<int, kColumn...>) {
+    const int existing = opaque(columns);
+    Raw* const stage = ring + copied;
+    if constexpr (sizeof(Raw) >= 4) {
+      const SharedAddress to = shared_address(stage);
+      (copy_async_if<sizeof(Raw), kColumn * kStripThreads* static_cast<int>(sizeof(Raw))>(
+           existing & 1 << kColumn, to, column(kColumn)),
+       ...);
+    } else {
+      ((existing & 1 << kColumn
+            ? static_cast<void>(stage[kColumn * kStripThreads] =
+                                    *reinterpret_cast<const Raw*>(column(kColumn)))
+            : static_cast<void>(0)),
+       ...);
+    }
+  }
+
+  EFFNET_DEVICE const char* column(int j) const { return next + uint64_t{column_bytes} * j; }
 };
 
 // conv[n, oh, ow, c] = sum_ij p[n, oh * S + i - pad_top, ow * S + j - pad_left, c] * weight[c, i,
@@ -133,13 +165,14 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
   const int images = static_cast<int>(min(shape.batch - first_n, int64_t{tiling.images}));
   const bool active = channel < shape.channels && images > 0;
 
+  // The filters and the ring; after the walk, in training, the units' moments.
   float* const filters = shared_floats();
   const int block_channels = tiling.lanes * L;
   {
     const int channels = min(shape.channels - first_channel, block_channels);
     const T* const from = a.weight + static_cast<int64_t>(first_channel) * K * K;
     for (int i = threadIdx.x; i < channels * K * K; i += blockDim.x) {
-      filters[i % (K * K) * kFilterPitch + i / (K * K)] = to_float(from[i]);
+      filters[i % (K * K) * Sizes::kFilterPitch + i / (K * K)] = to_float(from[i]);
     }
   }
   __syncthreads();
@@ -151,17 +184,29 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
   ShiftedSums totals[L];
   if (active) {
     const int first_w = first_ow * S - shape.pad_left;
+    const int first_h = first_oh * S - shape.pad_top;
+    const StripRows window = StripRows::of<K, S>(rows, first_h, shape.in_h);
     StripInput<Sizes> source;
-    source.column_stride = shape.channels;
-    source.row_stride = static_cast<int64_t>(shape.in_w) * shape.channels;
-    source.first_row = first_oh * S - shape.pad_top;
-    source.in_h = shape.in_h;
-    source.columns = 0;
+    source.column_bytes = static_cast<uint32_t>(shape.channels) * sizeof(T);
+    source.row_bytes = static_cast<int64_t>(shape.in_w) * source.column_bytes;
+    source.rows = source.rows_left = window.end - window.begin;
+    source.rest = (shape.in_h - source.rows) * source.row_bytes;
+    source.images_left = images;
+    int existing = 0;
 #pragma unroll
     for (int j = 0; j < Sizes::kColumns; ++j) {
       const bool exists = static_cast<unsigned>(first_w + j) < static_cast<unsigned>(shape.in_w);
-      source.columns |= static_cast<uint32_t>(exists) << j;
+      existing |= static_cast<int>(exists) << j;
     }
+    source.columns = opaque(existing);
+    source.next = reinterpret_cast<const char*>(
+        a.input +
+        ((first_n * shape.in_h + first_h + window.begin) * shape.in_w + first_w) *
+            static_cast<int64_t>(shape.channels) +
+        channel);
+    source.ring = reinterpret_cast<typename Sizes::Raw*>(reinterpret_cast<char*>(filters) +
+                                                         Sizes::kFilterBytes) +
+                  threadIdx.x;
     source.has_prologue = a.prologue.scale != nullptr;
     source.activation = a.prologue.activation;
     Floats<L> scale, shift;
@@ -177,26 +222,24 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
         shift[l] = norm.bias - norm.mean * norm.scale;
       }
     }
+    source.begin();
     const int64_t out_row_stride = static_cast<int64_t>(shape.out_w) * shape.channels;
-
-    source.window = a.input +
-                    ((first_n * shape.in_h + source.first_row) * shape.in_w + first_w) *
-                        static_cast<int64_t>(shape.channels) +
-                    channel;
     T* out = a.output +
              ((first_n * shape.out_h + first_oh) * shape.out_w + first_ow) *
                  static_cast<int64_t>(shape.channels) +
              channel;
+    bool first = true;  // of the rows of outputs
 #pragma unroll 1
     for (int image = 0; image < images; ++image) {
       Floats<L> pooled = broadcast<L>(0.f);
-      walk_strip<Sizes>(rows, filters + lane * L, source, [&](int o, typename Sizes::Outputs& y) {
+      walk_strip<Sizes>(window, filters + lane * L, source, [&](typename Sizes::Outputs& y) {
         if constexpr (!kTraining) {
 #pragma unroll
           for (int i = 0; i < kStrip * L; ++i) y[i] = fmaf(y[i], scale[i % L], shift[i % L]);
           y = activate<Math<T, kStrip * L>>(a.activation, y);
         }
-        T* p_out = out + o * out_row_stride;
+        T* p_out = out;
+        out += out_row_stride;
         const int stride = opaque(shape.channels);
         const auto store_row = [&](auto exists) {
 #pragma unroll
@@ -218,7 +261,8 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
         }
         if constexpr (kTraining) {
           if (a.moments == nullptr) return;
-          if (image == 0 && o == 0) {
+          if (first) {
+            first = false;
             // About the mean: the first row's.
             const float inverse = 1.f / columns;
 #pragma unroll
@@ -248,8 +292,7 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
             ((first_n + image) * tiling.segments + segment) * tiling.strips + strip;
         store(a.pooled + part * shape.channels + channel, pooled);
       }
-      source.window += shape.in_h * source.row_stride;
-      out += shape.out_h * out_row_stride;
+      out += (shape.out_h - rows) * out_row_stride;
     }
   }
 

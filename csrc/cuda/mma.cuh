@@ -144,6 +144,40 @@ EFFNET_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 #endif
 }
 
+// What copies of few bytes take for a place in shared memory: a word that the compiler does not
+// compute anew for each of them.
+#if defined(EFFNET_CUDA_EMULATOR)
+using SharedAddress = char*;
+#else
+using SharedAddress = uint32_t;
+#endif
+
+EFFNET_DEVICE SharedAddress shared_address(void* shared) {
+#if defined(EFFNET_CUDA_EMULATOR)
+  return static_cast<char*>(shared);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+#endif
+}
+
+// Copies 4 or 8 bytes, through the L1 cache, to `shared` + kOffset where `exists` is not zero.
+template <int kBytes, int kOffset>
+EFFNET_DEVICE void copy_async_if(int exists, SharedAddress shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8);
+#if defined(EFFNET_CUDA_EMULATOR)
+  if (exists != 0) cuda_emulator::cp_async(shared + kOffset, global, kBytes, kBytes);
+#else
+  asm volatile(
+      "{\n"
+      ".reg .pred exists;\n"
+      "setp.ne.s32 exists, %0, 0;\n"
+      "@exists cp.async.ca.shared.global [%1 + %3], [%2], %4;\n"
+      "}" ::"r"(exists),
+      "r"(shared), "l"(global), "n"(kOffset), "n"(kBytes)
+      : "memory");
+#endif
+}
+
 EFFNET_DEVICE void wait_for_copies() {
 #if defined(EFFNET_CUDA_EMULATOR)
   cuda_emulator::cp_async_wait_all();

@@ -145,14 +145,16 @@ EFFNET_DEVICE Floats<V> unpack(const Vector<T, V>& raw) {
   } else {
 #pragma unroll
     for (int i = 0; i < V / 2; ++i) {
-      float2 pair;
       if constexpr (std::is_same_v<T, __half>) {
-        pair = __half22float2(bit_cast<__half2>(raw.word[i]));
+        const float2 pair = __half22float2(bit_cast<__half2>(raw.word[i]));
+        y[2 * i] = pair.x;
+        y[2 * i + 1] = pair.y;
       } else {
-        pair = __bfloat1622float2(bit_cast<__nv_bfloat162>(raw.word[i]));
+        // A bfloat16 is the upper half of the float32. The library's conversion takes an
+        // instruction more for the second.
+        y[2 * i] = bit_cast<float>(raw.word[i] << 16);
+        y[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
       }
-      y[2 * i] = pair.x;
-      y[2 * i + 1] = pair.y;
     }
   }
   return y;
@@ -259,6 +261,20 @@ struct Math {
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] = x[i] > 0.f ? y[i] : 0.f;
     return z;
+  }
+
+  static EFFNET_DEVICE Value silu(const Value& x) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      Value y;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float half = 0.5f * x[i];
+        y[i] = fmaf(half, approximate_tanh(half), half);
+      }
+      return y;
+    } else {
+      return x * sigmoid(x);
+    }
   }
 
   static EFFNET_DEVICE Value sigmoid(const Value& x) {
