@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "../ops.h"
 #include "pointwise_conv_bn_act.cuh"
+#include "pointwise_expand.cuh"
 #include "row_launches.cuh"
 
 namespace effnet::cuda {
@@ -89,6 +90,48 @@ void launch(const Device& device, const PointwiseInference& a, const Candidate<T
   pooled.add_up(device);
 }
 
+// The tiling of pointwise_expand_kernel: as few columns in vain as can be, and as many blocks on a
+// multiprocessor.
+ExpandTiling expand_tiling(const Device& device, const PointwiseInference& a) {
+  ExpandTiling best{};
+  double least = 0.;
+  for (int blocks = 1; blocks <= ceil_div(a.out_channels, kExpandColumns); ++blocks) {
+    ExpandTiling t{};
+    t.rows = a.batch * a.pixels;
+    t.row_tiles = static_cast<int>(ceil_div(t.rows, kExpandRows));
+    t.vectors = a.in_channels / 8;
+    t.steps = static_cast<int>(ceil_div(a.in_channels, 16));
+    t.pitch = (2 * t.steps + 1) * 16;
+    t.columns = static_cast<int>(ceil_div(ceil_div(a.out_channels, blocks), kExpandColumns)) *
+                kExpandColumns;
+    t.column_blocks = static_cast<int>(ceil_div(a.out_channels, t.columns));
+    int resident = kExpandBlocks;
+    while (resident > 1 && t.shared_bytes() > device.shared_bytes(resident)) --resident;
+    if (t.shared_bytes() > device.shared_bytes(1)) continue;
+    // A block's rows come from L2, and fewer warps hide less.
+    const double cost = static_cast<double>(t.column_blocks) *
+                        (t.columns + a.in_channels / 8. + 8.) *
+                        (1. + 0.15 * (kExpandBlocks - resident));
+    if (best.columns != 0 && cost >= least) continue;
+    least = cost;
+    best = t;
+    best.row_blocks = static_cast<int>(std::min<int64_t>(
+        t.row_tiles, ceil_div(device.multiprocessors() * resident, t.column_blocks)));
+  }
+  return best;
+}
+
+// Whether pointwise_expand_kernel takes a call, and there is enough of it for the device.
+bool expands(const Device& device, const PointwiseInference& a) {
+  return a.gate == nullptr && a.prologue.scale == nullptr && a.residual == nullptr &&
+         a.pooled == nullptr && a.in_channels <= kExpandMostChannels &&
+         a.out_channels > a.in_channels &&
+         a.batch * a.pixels >= 2 * kExpandRows * device.multiprocessors() &&
+         a.batch * a.pixels <= int64_t{kMostRows} * kExpandRows &&
+         allows_vectors(a.in_channels, 8, {a.input, a.weight}) &&
+         allows_vectors(a.out_channels, 8, {a.output});
+}
+
 void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor var,
                                OptionalTensor bn_weight, OptionalTensor bn_bias, double eps,
                                int64_t activation, OptionalTensor prologue_scale,
@@ -101,6 +144,14 @@ void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor 
   for_type("pointwise_conv_bn_act_out", a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Device device(input);
+    if constexpr (sizeof(T) == 2) {
+      if (expands(device, a)) {
+        const ExpandTiling tiling = expand_tiling(device, a);
+        const int64_t blocks = int64_t{tiling.row_blocks} * tiling.column_blocks;
+        return device.launch(pointwise_expand_kernel<T>, blocks, kExpandThreads,
+                             tiling.shared_bytes(), a, tiling);
+      }
+    }
     const Candidate<T, NarrowSizes<T>> narrow(device, a);
     const Candidate<T, SmallSizes<T>> small(device, a);
     if constexpr (sizeof(T) == 2) {

@@ -331,6 +331,29 @@ def test_pointwise_error_rule(
     check_pointwise(case, dtype, "cpu")
 
 
+EXPAND_CASES = [
+    PointwiseCase(1, 16, 96, 17, 19),
+    PointwiseCase(2, 24, 144, 17, 19, "relu6"),
+    PointwiseCase(3, 40, 240, 11, 13, "hardswish", affine=False),
+    PointwiseCase(1, 128, 136, 16, 16, "sigmoid"),
+    PointwiseCase(3, 112, 672, 14, 14),
+    PointwiseCase(1, 72, 80, 31, 33, "identity"),
+    PointwiseCase(2, 8, 16, 16, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", EXPAND_CASES, ids=str)
+@pytest.mark.parametrize("shared", [100, 228])
+def test_pointwise_expand(
+    case: PointwiseCase, dtype: torch.dtype, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From few channels to many, with rows enough for the kernel that keeps its weights."""
+    monkeypatch.setenv("CUDA_EMULATOR_MULTIPROCESSORS", "1")
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED_BYTES", str(shared * 1024))
+    check_pointwise(case, dtype, "cpu")
+
+
 _draw = random.Random(1).choice
 # Chunks of channels with tiles of features, ragged ones among them, the options drawn.
 POINTWISE_SHAPES = [

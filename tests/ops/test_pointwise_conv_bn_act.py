@@ -60,6 +60,14 @@ CASES = [
     Case(5, 1152, 192, 3, 3, "identity", gate=True, residual=True, pool=True),
     Case(1, 33, 130, 17, 19, prologue="relu6"),
 ]
+# From few channels to many, with pixels enough for a GPU: CUDA has a kernel of its own for that.
+WIDE_CASES = [
+    Case(3, 16, 96, 107, 107),
+    Case(3, 24, 144, 107, 107, "relu6"),
+    Case(13, 40, 240, 53, 51, "hardswish", affine=False),
+    Case(3, 128, 136, 113, 107),
+    Case(13, 72, 80, 53, 51, "identity"),
+]
 
 
 def make_arguments(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -140,6 +148,15 @@ def test_error_rule(case: Case, dtype: torch.dtype, kernel_backend: str) -> None
     """Every prologue and epilogue, alone and together, ragged extents too."""
     skip_in_interpreter(kernel_backend, dtype, CASES.index(case))
     check(case, dtype, kernel_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_error_rule_of_wide_cases(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Large enough for the kernels and tiles of large tensors."""
+    check(case, dtype, backend)
 
 
 @pytest.mark.gpu
