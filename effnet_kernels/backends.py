@@ -219,7 +219,7 @@ def kernel(backend: str, name: str) -> Callable[..., None]:
     return function  # type: ignore[no-any-return]
 
 
-_FASTER_ON_TRITON = ("pointwise_conv_bn_act_out", "squeeze_excite_gate_out")
+_FASTER_ON_TRITON = ("fused_mbconv_out", "pointwise_conv_bn_act_out", "squeeze_excite_gate_out")
 # Launching Triton's kernels takes the host longer, which shows where they are short.
 _LARGE = 1 << 22
 

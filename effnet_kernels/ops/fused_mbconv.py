@@ -316,7 +316,7 @@ def _inference(
         project_weight, project_mean, project_var, project_bn_weight, project_bn_bias, project_eps,
         project_activation,
     )  # fmt: skip
-    kernel = backends.kernel(backend, "fused_mbconv_out")
+    kernel = backends.fastest_kernel(backend, "fused_mbconv_out", input)
     if reduce_weight is None:
         kernel(*expand, *project, added, allow_tf32, output, None)
         return output
