@@ -37,13 +37,13 @@ struct BackwardSizes {
 
   // Most of a block. Shared memory is to have room on every device, and for kBlocks blocks on those
   // that have 228 KB; registers leave a thread 128, 168 and 255.
-  static constexpr int kThreads = K == 7 || (K == 5 && sizeof(T) == 4) ? 64 : 128;
-  static constexpr int kBlocks = (K == 3 ? 16 : K == 5 ? 12 : 8) * 32 / kThreads;
+  static constexpr int kThreads = K == 3 ? 128 : K == 7 || sizeof(T) == 4 ? 64 : 120;
+  static constexpr int kBlocks = (K == 3 ? 16 : K == 5 ? 12 : 8) / ((kThreads + 31) / 32);
 
-  // Shared memory: filters [tap][channel] and constants [4][channel] of the block's channels; of
+  // Shared memory: filters [tap][channel] and constants [7][channel] of the block's channels; of
   // each thread the older rows of grad_conv, float32, and what is loaded ahead.
   static constexpr int kBlockChannels = kThreads * L;
-  static constexpr int kConstants = 4;
+  static constexpr int kConstants = 7;
   static constexpr int kFilterBytes = K * K * kBlockChannels * sizeof(T);
   static constexpr int kConstantBytes = kConstants * kBlockChannels * sizeof(float);
   static constexpr int kRingBytes = kOlder * kColumns * kThreads * sizeof(Floats<L>);
@@ -162,32 +162,26 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
     }
   }
   const bool has_prologue = a.prologue.scale != nullptr;
-  Floats<L> norm_scale, scale, shift;
-#pragma unroll
-  for (int l = 0; l < L; ++l) {
-    const int c = channel + l;
-    norm_scale[l] = 0.f;
-    scale[l] = 1.f;
-    shift[l] = 0.f;
-    if (!active) continue;
+  for (int i = threadIdx.x; i < block_channels; i += blockDim.x) {
+    const int c = first_channel + i;
+    if (c >= shape.channels) continue;
     const ChannelNorm norm = channel_norm<T>(a.bn, c);
-    norm_scale[l] = norm.scale;
-    if (has_prologue) {
-      scale[l] = static_cast<const float*>(a.prologue.scale)[c];
-      shift[l] = static_cast<const float*>(a.prologue.shift)[c];
-    }
-    if (unit > 0) continue;
     float mean_du = 0.f, slope = 0.f;
     if (a.grad_bn_weight != nullptr) {
       const float count = static_cast<float>(shape.batch * shape.out_h * shape.out_w);
       mean_du = a.grad_bn_bias[c] / count;
       slope = a.grad_bn_weight[c] / count * norm.invstd;
     }
-    float* const constant = constants + lane * L + l;
+    float* const constant = constants + i;
     constant[0] = norm.mean;
-    constant[kBlockChannels] = norm.bias;
-    constant[2 * kBlockChannels] = norm.scale * mean_du;
-    constant[3 * kBlockChannels] = norm.scale * slope;
+    constant[kBlockChannels] = norm.scale;
+    constant[2 * kBlockChannels] = norm.bias;
+    constant[3 * kBlockChannels] = mean_du;
+    constant[4 * kBlockChannels] = slope;
+    if (has_prologue) {
+      constant[5 * kBlockChannels] = static_cast<const float*>(a.prologue.scale)[c];
+      constant[6 * kBlockChannels] = static_cast<const float*>(a.prologue.shift)[c];
+    }
   }
   __syncthreads();
 
@@ -227,8 +221,8 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
       const int h = (first_o + step) * S + s - shape.pad_top;
       return step >= kOlder && h >= 0 && h < end_h;
     };
-    const auto in_row = [&] { return static_cast<int64_t>(shape.in_w) * shape.channels; };
-    const auto out_row = [&] { return static_cast<int64_t>(shape.out_w) * shape.channels; };
+    const auto in_row = [&] { return int64_t{opaque(shape.in_w)} * shape.channels; };
+    const auto out_row = [&] { return int64_t{opaque(shape.out_w)} * shape.channels; };
 
     // Where the rows of a step begin, there or not.
     int step = first_step;
@@ -239,19 +233,25 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
     int64_t out =
         ((first_n * shape.out_h + first_o + step) * shape.out_w + first_ow) * shape.channels +
         channel;
-    const auto load_ahead = [&] {
-      const int stride = opaque(shape.channels);
+    // Two groups of copies are on their way at a time: a row of grad_conv's and the input's.
+    const auto load_conv_ahead = [&](int step) {
       if (conv_row_exists(first_o + step)) {
+        const int stride = opaque(shape.channels);
         copy_row_ahead<kColumns, kThreads>(ahead, a.grad_output + out, stride, columns);
         copy_row_ahead<kColumns, kThreads>(ahead_conv, a.conv + out, stride, columns);
       }
+      commit_copies();
+    };
+    const auto load_input_ahead = [&](int step) {
 #pragma unroll
       for (int s = 0; s < S; ++s) {
         if (input_row_exists(step, s)) {
           copy_row_ahead<kStrip, kThreads>(ahead_input + s * kStrip * kThreads,
-                                           a.input + in + s * in_row(), stride, pixels);
+                                           a.input + in + s * in_row(), opaque(shape.channels),
+                                           pixels);
         }
       }
+      commit_copies();
     };
     Floats<L> pooled = broadcast<L>(0.f);
     const auto load_pooled = [&](int image) {
@@ -261,68 +261,59 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
       for (int l = 0; l < L; ++l) pooled[l] = p[l];
     };
 
-    load_ahead();
+    const auto constant = [&](int i) { return load<L>(constants + i * kBlockChannels + lane * L); };
+
     load_pooled(0);
+    load_conv_ahead(step);
+    load_input_ahead(step);
     int slot = 0;  // of the ring: the oldest row, which this step's replaces
 #pragma unroll 1
     for (int image = 0; image < images;) {
-      wait_for_copies();
-      Raw raw_grad[kColumns], raw_conv[kColumns], raw_input[S * kStrip];
-#pragma unroll
-      for (int d = 0; d < kColumns; ++d) {
-        raw_grad[d] = ahead[d * kThreads];
-        raw_conv[d] = ahead_conv[d * kThreads];
-      }
-#pragma unroll
-      for (int p = 0; p < S * kStrip; ++p) raw_input[p] = ahead_input[p * kThreads];
-
-      // The next step's rows come while this one is computed.
-      const int this_step = step;
-      const int64_t this_in = in;
-      in += S * in_row();
-      out += out_row();
-      if (++step == end_step) {
-        step = first_step;
-        ++image;
-        in += (shape.in_h - (end_step - first_step) * S) * in_row();
-        out += (shape.out_h - (end_step - first_step)) * out_row();
-      }
-      if (image < images) load_ahead();
-
-      const int o = first_o + this_step;
+      const int o = first_o + step;
       const bool conv_exists = conv_row_exists(o);
       Floats<kColumns * L> dz;
+      wait_for_copy_groups<1>();
       if (conv_exists) {
-        const auto constant = [&](int i) {
-          return load<L>(constants + i * kBlockChannels + lane * L);
-        };
-        const Floats<L> mean = constant(0), bias = constant(1);
+        const Floats<L> mean = constant(0), scale = constant(1), bias = constant(2);
         Floats<kColumns * L> z, u;
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> zero_mean = unpack<T, L>(raw_conv[d]) - mean;
+          const Floats<L> zero_mean = unpack<T, L>(ahead_conv[d * kThreads]) - mean;
           set_slice(z, d, zero_mean);
-          set_slice(u, d, multiply_add(zero_mean, norm_scale, bias));
+          set_slice(u, d, multiply_add(zero_mean, scale, bias));
         }
         u = activate_grad<Math<T, kColumns * L>>(a.activation, u);
-        const Floats<L> mean_du = constant(2), slope = constant(3);
+        const Floats<L> mean_du = constant(3), slope = constant(4);
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> du = (unpack<T, L>(raw_grad[d]) + pooled) * slice<L>(u, d);
-          set_slice(dz, d, du * norm_scale - multiply_add(slice<L>(z, d), slope, mean_du));
+          const Floats<L> du = (unpack<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
+          set_slice(dz, d, scale * (du - mean_du - slice<L>(z, d) * slope));
         }
         if (columns != kAllColumns) {
+          const int exist = opaque(columns);
 #pragma unroll
           for (int i = 0; i < kColumns * L; ++i) {
-            if (!(columns >> i / L & 1)) dz[i] = 0.f;
+            if (!(exist >> i / L & 1)) dz[i] = 0.f;
           }
         }
       }
-      if (step == first_step && image < images) load_pooled(image);
+
+      // The next step's rows come while this one's are multiplied.
+      const int next_step = step + 1 == end_step ? first_step : step + 1;
+      const int next_image = image + (next_step == first_step);
+      out += out_row();
+      if (next_step == first_step) out += (shape.out_h - (end_step - first_step)) * out_row();
+      if (next_image < images) {
+        load_conv_ahead(next_step);
+        if (next_image > image) load_pooled(next_image);
+        wait_for_copy_groups<1>();
+      } else {
+        wait_for_copies();
+      }
 
 #pragma unroll
       for (int s = 0; s < S; ++s) {
-        const bool input_exists = input_row_exists(this_step, s);
+        const bool input_exists = input_row_exists(step, s);
         Pixels x, slope, grad = broadcast<kStrip * L>(0.f);
         const auto multiply = [&](int k, const auto& row) {
           const int i = k * S + s;
@@ -339,18 +330,20 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         if (input_exists) {
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
-            set_slice(x, p, unpack<T, L>(raw_input[s * kStrip + p]));
+            set_slice(x, p, unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
           }
           if (has_prologue) {
+            const Floats<L> scale = constant(5), shift = constant(6);
 #pragma unroll
             for (int p = 0; p < kStrip; ++p) {
               set_slice(x, p, multiply_add(slice<L>(x, p), scale, shift));
             }
             x = activate_with_grad<Math<T, kStrip * L>>(a.prologue.activation, x, slope);
             if (pixels != kAllPixels) {
+              const int exist = opaque(pixels);
 #pragma unroll
               for (int i = 0; i < kStrip * L; ++i) {
-                if (!(pixels >> i / L & 1)) x[i] = slope[i] = 0.f;
+                if (!(exist >> i / L & 1)) x[i] = slope[i] = 0.f;
               }
             }
           }
@@ -370,17 +363,23 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         if (!input_exists) continue;
 
         if (has_prologue) {
+          const Floats<L> scale = constant(5);
           grad = grad * slope;
+          // Of a row by itself: long sums of float32 lose digits.
+          Floats<L> row_scale = broadcast<L>(0.f), row_shift = broadcast<L>(0.f);
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
             const Floats<L> y = slice<L>(grad, p);
-            grad_scale = multiply_add(y, unpack<T, L>(raw_input[s * kStrip + p]), grad_scale);
-            grad_shift = grad_shift + y;
+            const Floats<L> z = unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
+            row_scale = multiply_add(y, z, row_scale);
+            row_shift = row_shift + y;
             set_slice(grad, p, y * scale);
           }
+          grad_scale = grad_scale + row_scale;
+          grad_shift = grad_shift + row_shift;
         }
         if (a.grad_input == nullptr) continue;
-        T* to = a.grad_input + this_in + s * in_row();
+        T* to = a.grad_input + in + s * in_row();
         const int stride = opaque(shape.channels);
         const auto store_row = [&](auto exists) {
 #pragma unroll
@@ -392,9 +391,15 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         if (pixels == kAllPixels) {
           store_row([](int) { return true; });
         } else {
-          store_row([&](int p) { return pixels >> p & 1; });
+          const int exist = opaque(pixels);
+          store_row([&](int p) { return exist >> p & 1; });
         }
       }
+      in += S * in_row();
+      if (next_step == first_step) in += (shape.in_h - (end_step - first_step) * S) * in_row();
+      if (next_image < images) load_input_ahead(next_step);
+      step = next_step;
+      image = next_image;
       slot = slot + 1 == kOlder ? 0 : slot + 1;
     }
   }

@@ -119,10 +119,11 @@ struct Backward {
     }
     const int height = s.in_h + s.pad_top - first_padded(s.pad_top, S);
     const int width = s.in_w + s.pad_left - first_padded(s.pad_left, S);
-    return strip_tiling(device, {s.batch, static_cast<int>(ceil_div(s.channels, L)),
-                                 static_cast<int>(ceil_div(height, S)),
-                                 static_cast<int>(ceil_div(width, Sizes::kStrip)), Sizes::kOlder,
-                                 Sizes::kThreads, blocks * Sizes::kThreads / 32});
+    return strip_tiling(
+        device,
+        {s.batch, static_cast<int>(ceil_div(s.channels, L)), static_cast<int>(ceil_div(height, S)),
+         static_cast<int>(ceil_div(width, Sizes::kStrip)), Sizes::kOlder, Sizes::kThreads,
+         blocks * static_cast<int>(ceil_div(Sizes::kThreads, 32))});
   }
 
   static void launch(const Device& device, const BackwardArguments<T>& b) {

@@ -3,8 +3,8 @@
 // the threads of a warp on different banks.
 #pragma once
 
+#include "depthwise_strip.cuh"
 #include "mma.cuh"
-#include "vector.cuh"
 
 namespace effnet::cuda {
 
@@ -42,9 +42,10 @@ EFFNET_DEVICE void copy_row_ahead(Vector<T, L>* shared, const T* global, int str
     }
     return;
   }
+  const int exist = opaque(columns);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    copy_ahead<T, L>(shared + i * kThreads, global, columns >> i & 1);
+    copy_ahead<T, L>(shared + i * kThreads, global, exist >> i & 1);
     global += stride;
   }
 }
