@@ -91,4 +91,20 @@ EFFNET_INLINE V activate_grad(Activation activation, V x) {
   return zero;
 }
 
+// activate(x), and its derivative in `grad`: those that are made of a sigmoid compute one.
+template <class Math, class V>
+EFFNET_INLINE V activate_with_grad(Activation activation, V x, V& grad) {
+  if (activation == Activation::silu || activation == Activation::sigmoid) {
+    const V one = Math::set(1.f), s = Math::sigmoid(x);
+    if (activation == Activation::sigmoid) {
+      grad = s * (one - s);
+      return s;
+    }
+    grad = s * (one + x * (one - s));
+    return x * s;
+  }
+  grad = activate_grad<Math>(activation, x);
+  return activate<Math>(activation, x);
+}
+
 }  // namespace effnet

@@ -1,316 +1,62 @@
 // The gradients of a depthwise convolution on dense NHWC tensors.
 //
-// Tile. A thread block takes 32 channels and a band of columns, and walks down the rows of one
-// image after another, kPatchH rows a step:
+// A thread owns a lane of L channels (two, or one where their number or the pointers are odd) of a
+// strip of kStrip pixels of the input, and walks down the strip's rows in one image after another,
+// S rows a step. Neighbouring threads are neighbouring lanes. In a step the thread
 //
-//        band of columns
-//      +-----+-----+-----+
-//      |  0  |  1  |  2  |  kPatchH rows, one step. A patch is kPatchH x kPatchW pixels.
-//      +-----+-----+-----+
-//      |  0  |  1  |  2  |  the next step
-//      +-----+-----+-----+
+//   - computes the row of grad_conv that the step's pixels reach first, over the kColumns columns
+//     that the strip reaches, from grad_output and the saved convolution;
+//   - computes its own pixels through the prologue;
+//   - adds every product of a pixel and a tap to both gradients: a pixel of the input and one of
+//     grad_conv that meet in tap (i, j) do so for grad_input as for grad_weight.
 //
-// The rows that a step reads lie in shared memory as float32, in a ring of kRows rows of `columns`
-// x 32 channels. Every element is loaded (16 bytes a thread), converted, sent through the
-// derivative of BN + activation, and written there once; padding is written as zeros, so that the
-// convolution itself has no bounds to check. While a step is computed, the rows of the next one are
-// on their way in registers.
+//     grad_conv  row o - 2   z z z z z z z z z
+//                row o - 1   z z z z z z z z z    the kOlder rows before: in shared memory
+//                row o       z z z z z z z z z    this step's
+//     input      row o         x x x x x x x      with K = 3, S = 1 in padded coordinates
 //
-// A thread owns a patch and one of the 32 channels, whose k * k weights it keeps in registers: an
-// element read from shared memory meets up to k * k multiply-adds of either gradient.
-//
-// The number of instantiations is kept down to storage type x vector width x k x stride: what else
-// varies (activation, prologue) is the same for a whole launch and costs one predicted branch a
-// vector or a patch.
-//
-// Vector width V is 16 bytes' worth of elements. Where C is no multiple of that or a pointer is not
-// aligned, the same templates run with V = 1.
+// A pixel of the input is loaded once, a pixel of grad_conv once and again where strips meet; both
+// while the step before is computed, into this thread's part of shared memory. What a thread keeps
+// there is its own: no thread waits for another until the sums of grad_weight are added up.
 #pragma once
 
-#include "depthwise_window.cuh"
-#include "vector.cuh"
+#include "depthwise_conv_forward.cuh"
+#include "depthwise_ring.cuh"
 
 namespace effnet::cuda {
 
-constexpr int kBlockChannels = 32;
-constexpr int kMaxBlockThreads = 128;
-
-// How the work is cut into blocks: `rows` and `columns` below are those of the tensor whose patches
-// the threads own. Block index: channel block fastest (neighbours read
-// the same pixels), then band, then segment, then chunk of images.
-struct DepthwiseTiling {
-  int channel_blocks;
-  int patches;   // in a block, side by side: blockDim.x = patches * kBlockChannels
-  int bands;     // of patches * kPatchW columns
-  int segments;  // of segment_rows rows each, a multiple of kPatchH
-  int segment_rows;
-  int64_t images;  // in a block, one after another
-  int64_t chunks;  // of images
-};
-
-// A block's place in a tiling.
-struct DepthwiseBlock {
-  int channel, band, segment;
-  int64_t chunk;
-
-  template <class Tiling>
-  EFFNET_DEVICE explicit DepthwiseBlock(const Tiling& tiling) {
-    int block = blockIdx.x;
-    channel = (block % tiling.channel_blocks) * kBlockChannels;
-    block /= tiling.channel_blocks;
-    band = block % tiling.bands;
-    block /= tiling.bands;
-    segment = block % tiling.segments;
-    chunk = block / tiling.segments;
-  }
-
-  // Of the per-block partial results.
-  template <class Tiling>
-  EFFNET_DEVICE int64_t slot(const Tiling& tiling) const {
-    return (chunk * tiling.segments + segment) * tiling.bands + band;
-  }
-};
-
-// What type, vector width, kernel size and stride fix. Patches lie on grad_input, their windows on
-// grad_conv.
-template <class T, int V, int K, int S>
+// What type, lanes, kernel size and stride fix.
+template <class T_, int L_, int K_, int S_>
 struct BackwardSizes {
-  static constexpr int kPatchH = 2 * S;
-  static constexpr int kPatchPixels = kPatchH * kPatchW;
-  static constexpr int kStepRows = 2;            // the window moves down by
-  static constexpr int kStepCols = kPatchW / S;  // from one patch's window to the next one's
-  static constexpr int kRows = (2 * S - 1) / S + (K - 1) / S + 1;  // of the window, and of the ring
-  static constexpr int kCols = (kPatchW - 1) / S + (K - 1) / S + 1;  // of the window
-  static constexpr int kMaxPatches = kMaxBlockThreads / kBlockChannels;
-  static constexpr int kVectors = kBlockChannels / V;
-  static constexpr int kMinBlocks = K == 3 || (K == 5 && S == 1) ? 3 : 2;
-  static constexpr int kConstants = 6 * kBlockChannels;
-  // Vectors that a thread has in flight of each tensor: its share of a step for a wide band, in up
-  // to kInFlight registers.
-  static constexpr int kInFlight = K == 3 ? 16 : 4;
-  static constexpr int kBatchWanted =
-      (kStepRows * kStepCols * kVectors * 5 + kBlockChannels * 4 - 1) / (kBlockChannels * 4);
-  static constexpr int kBatchMost = kInFlight * 4 / (V == 1 ? 4 : 16);
-  static constexpr int kBatch = kBatchWanted < kBatchMost ? kBatchWanted : kBatchMost;
+  using T = T_;
+  static constexpr int L = L_, K = K_, S = S_;
+  static constexpr int kStrip = K == 7 ? 4 : S == 1 ? 7 : 8;
+  static constexpr int kOlder = (K - 1) / S;  // rows (columns) of grad_conv before a pixel's own
+  static constexpr int kColumns = (kStrip - 1) / S + kOlder + 1;  // of grad_conv
+  static_assert(kStrip % S == 0, "the parity of a strip's pixels is known at compile time");
 
-  static_assert(kStepRows <= kRows, "a step may not outrun the ring");
+  // Most of a block. Shared memory is to have room on every device, and for kBlocks blocks on those
+  // that have 228 KB; registers leave a thread 128, 168 and 255.
+  static constexpr int kThreads = K == 3 ? 128 : K == 7 || sizeof(T) == 4 ? 64 : 120;
+  static constexpr int kBlocks = (K == 3 ? 16 : K == 5 ? 12 : 8) / ((kThreads + 31) / 32);
 
-  static EFFNET_INLINE constexpr int columns(int patches) {
-    return (patches - 1) * kStepCols + kCols;
-  }
-  // Also the room for the weights before the walk and for the sums after it.
-  static EFFNET_INLINE constexpr int tile_floats(int patches) {
-    const int tile = kRows * columns(patches) * kBlockChannels;
-    const int weights = K * K * (kBlockChannels + 1);
-    const int sums = K * patches * kBlockChannels;
-    const int most = tile > weights ? tile : weights;
-    return ((most > sums ? most : sums) + 3) / 4 * 4;
-  }
-  static constexpr size_t shared_bytes(int patches) {
-    return (tile_floats(patches) + kConstants) * sizeof(float);
-  }
+  // Shared memory: filters [tap][channel] and constants [7][channel] of the block's channels; of
+  // each thread the older rows of grad_conv, float32, and what is loaded ahead.
+  static constexpr int kBlockChannels = kThreads * L;
+  static constexpr int kConstants = 7;
+  static constexpr int kFilterBytes = K * K * kBlockChannels * sizeof(T);
+  static constexpr int kConstantBytes = kConstants * kBlockChannels * sizeof(float);
+  static constexpr int kRingBytes = kOlder * kColumns * kThreads * sizeof(Floats<L>);
+  static constexpr int kAhead = 2 * kColumns + S * kStrip;
+  static constexpr size_t kSharedBytes =
+      kFilterBytes + kConstantBytes + kRingBytes + kAhead * kThreads * sizeof(Vector<T, L>);
+  static_assert(kSharedBytes >= K * kBlockChannels * sizeof(float), "room for sums of grad_weight");
 };
 
-// Where the 32 channels of a pixel lie in shared memory. A thread that stages 8 channels writes two
-// float4; the first halves of all vectors come first and the second halves after them, so that
-// neighbouring threads write neighbouring float4 and no bank is hit twice.
-template <int V>
-EFFNET_DEVICE int position_of_channel(int channel) {
-  if constexpr (V == 8) {
-    return (channel & 4) * (kBlockChannels / 8) + (channel >> 3) * 4 + (channel & 3);
-  } else {
-    return channel;
-  }
-}
-
-template <int V>
-EFFNET_DEVICE int channel_at_position(int position) {
-  if constexpr (V == 8) {
-    const int half = position >> 4;
-    return ((position & 15) >> 2) * 8 + half * 4 + (position & 3);
-  } else {
-    return position;
-  }
-}
-
-// Channels of a pixel that are handled together between global and shared memory: a vector is
-// staged in parts of four, which holds half the registers of eight.
-template <int V>
-constexpr int kPart = V < 4 ? V : 4;
-
-// Where part `part` of vector `vector` of a pixel's channels begins.
-template <int V>
-EFFNET_DEVICE int part_position(int vector, int part) {
-  return part * (kBlockChannels / 2) + vector * kPart<V>;
-}
-
-template <int N>
-EFFNET_DEVICE Floats<N> load_shared(const float* p) {
-  Floats<N> x;
-  if constexpr (N == 4) {
-    const float4 quad = *reinterpret_cast<const float4*>(p);
-    x[0] = quad.x;
-    x[1] = quad.y;
-    x[2] = quad.z;
-    x[3] = quad.w;
-  } else if constexpr (N == 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(p);
-    x[0] = pair.x;
-    x[1] = pair.y;
-  } else {
-    x[0] = *p;
-  }
-  return x;
-}
-
-template <int N>
-EFFNET_DEVICE void store_shared(float* p, const Floats<N>& x) {
-  if constexpr (N == 4) {
-    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
-  } else {
-    *p = x[0];
-  }
-}
-
-// Walks the window down: stages its first kRows rows, then computes each of `steps` steps while the
-// kStepRows rows of the next one are loaded.
-//   source.load(row, column) -> Raw      an element of the staged tensor, from global memory
-//   source.value(raw, part, row, column) the float32 values to keep, zero outside the image
-//   compute(step, head)                  head: the ring's row where the window starts
-// Ends with a barrier: the tile may be reused.
-template <class Sizes, int V, class Source, class Compute>
-EFFNET_DEVICE void walk_rows(float* tile, int columns, int steps, const Source& source,
-                             const Compute& compute) {
-  // A thread stages the same vector of channels of every stride-th pixel of the rows.
-  const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
-  const int first = static_cast<int>(threadIdx.x) / Sizes::kVectors;
-  const int stride = static_cast<int>(blockDim.x) / Sizes::kVectors;
-  const int first_row = first / columns, first_column = first % columns;
-  const int stride_rows = stride / columns, stride_columns = stride % columns;
-  const auto advance = [&](int& row, int& column) {
-    row += stride_rows;
-    column += stride_columns;
-    if (column >= columns) {
-      column -= columns;
-      ++row;
-    }
-  };
-
-  int head = 0;
-  for (int step = -1; step < steps; ++step) {
-    const int staged = step + 1 == steps ? 0 : step < 0 ? Sizes::kRows : Sizes::kStepRows;
-    const int origin = step < 0 ? 0 : Sizes::kRows + step * Sizes::kStepRows;
-    int load_row = first_row, load_column = first_column;
-    int store_row = first_row, store_column = first_column;
-    bool computed = false;
-    do {
-      typename Source::Raw raw[Sizes::kBatch];
-#pragma unroll
-      for (int i = 0; i < Sizes::kBatch; ++i) {
-        if (load_row < staged) raw[i] = source.load(origin + load_row, load_column);
-        advance(load_row, load_column);
-      }
-      if (!computed) {
-        computed = true;
-        if (step >= 0) compute(step, head);
-        __syncthreads();
-      }
-#pragma unroll
-      for (int i = 0; i < Sizes::kBatch; ++i) {
-        if (store_row < staged) {
-          int slot = head + store_row;
-          if (slot >= Sizes::kRows) slot -= Sizes::kRows;
-          float* pixel = tile + (slot * columns + store_column) * kBlockChannels;
-#pragma unroll
-          for (int part = 0; part < V / kPart<V>; ++part) {
-            store_shared(pixel + part_position<V>(vector, part),
-                         source.value(raw[i], part, origin + store_row, store_column));
-          }
-        }
-        advance(store_row, store_column);
-      }
-    } while (load_row < staged);
-    __syncthreads();
-    if (step >= 0) {
-      head += Sizes::kStepRows;
-      if (head >= Sizes::kRows) head -= Sizes::kRows;
-    }
-  }
-}
-
-// The weights of a thread's channel, as float32 in registers. They come through shared memory so
-// that global loads are contiguous; its row pitch of 33 keeps the transposed writes off one bank.
-template <int V, int K, class T>
-EFFNET_DEVICE void load_weights(float (&w)[K * K], float* shared, const T* __restrict__ weight,
-                                int first_channel, int channels, int position) {
-  constexpr int kTaps = K * K;
-  constexpr int kPitch = kBlockChannels + 1;
-  const T* block = weight + static_cast<int64_t>(first_channel) * kTaps;
-  for (int i = threadIdx.x; i < kBlockChannels * kTaps; i += blockDim.x) {
-    const int channel = i / kTaps;
-    shared[(i % kTaps) * kPitch + position_of_channel<V>(channel)] =
-        first_channel + channel < channels ? to_float(block[i]) : 0.f;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
-    w[tap] = shared[tap * kPitch + position];
-  }
-  __syncthreads();
-}
-
-// Recomputes grad_conv from grad_output and the saved convolution. Constants of the block's
-// channels, by position, 32 floats each: mean, scale, bias, mean_du, slope, grad_pooled.
-template <class T, int V>
-struct GradConvSource {
-  struct Raw {
-    Vector<T, V> grad, conv;
-  };
-
-  const T* grad_output;  // of the image, at this thread's vector of channels
-  const T* conv;
-  int64_t row_stride;
-  int column_stride;
-  int out_h, out_w, first_oh, first_ow;
-  bool active;
-  const float* constants;
-  int vector;
-  Activation activation;
-
-  EFFNET_DEVICE bool inside(int row, int column) const {
-    return active && static_cast<unsigned>(first_oh + row) < static_cast<unsigned>(out_h) &&
-           static_cast<unsigned>(first_ow + column) < static_cast<unsigned>(out_w);
-  }
-
-  EFFNET_DEVICE Raw load(int row, int column) const {
-    Raw raw{};
-    if (inside(row, column)) {
-      const int64_t offset =
-          (first_oh + row) * row_stride + static_cast<int64_t>(first_ow + column) * column_stride;
-      raw.grad = load_vector<V>(grad_output + offset);
-      raw.conv = load_vector<V>(conv + offset);
-    }
-    return raw;
-  }
-
-  EFFNET_DEVICE Floats<kPart<V>> value(const Raw& raw, int part, int row, int column) const {
-    constexpr int N = kPart<V>;
-    if (!inside(row, column)) return broadcast<N>(0.f);
-    const auto constant = [&](int i) {
-      return load_shared<N>(constants + i * kBlockChannels + part_position<V>(vector, part));
-    };
-    const Floats<N> d = unpack<T, N>(slice<T, N>(raw.conv, part)) - constant(0);
-    const Floats<N> scale = constant(1);
-    const Floats<N> du = (unpack<T, N>(slice<T, N>(raw.grad, part)) + constant(5)) *
-                         activate_grad<Math<T, N>>(activation, multiply_add(d, scale, constant(2)));
-    return scale * (du - constant(3) - d * constant(4));
-  }
-};
-
-template <class T, class Tiling = DepthwiseTiling>
+template <class T>
 struct BackwardArguments {
   ConvShape shape;
-  Tiling tiling;
+  StripTiling tiling;  // of the input in padded coordinates; rows are steps
   const T* __restrict__ grad_output;
   const float* __restrict__ grad_pooled;  // or null
   const T* __restrict__ conv;
@@ -327,251 +73,369 @@ struct BackwardArguments {
   float* __restrict__ partial_prologue;  // (2, slots, C): of scale and of shift, or null
 };
 
-// The first row (or column) of the backward kernel's patches in padded coordinates: the last
-// multiple of the stride that is at or before the first pixel, so that the parity of every pixel of
-// a patch is known at compile time.
+// The first row (or column) of the walk in padded coordinates: the last multiple of the stride that
+// is at or before the first pixel, so that the parity of every pixel is known at compile time.
 EFFNET_INLINE int first_padded(int pad, int stride) { return pad / stride * stride; }
+
+// The products of a row of a strip's pixels x with the row of grad_conv that it meets in tap row i:
+// adds them to the pixels' gradients, and to the gradients of the taps.
+//   row(d)   column d of grad_conv
+//   filter   tap (i, 0), at the lane's channels
+template <class Sizes, class Row, int N>
+EFFNET_DEVICE void multiply_tap_row(Floats<N>& grad, Floats<Sizes::K * Sizes::L>& grad_taps,
+                                    const Floats<N>& x, const typename Sizes::T* filter,
+                                    const Row& row) {
+  constexpr int K = Sizes::K, L = Sizes::L;
+  Floats<L> w[K];
+#pragma unroll
+  for (int j = 0; j < K; ++j) w[j] = load<L>(filter + j * Sizes::kBlockChannels);
+#pragma unroll
+  for (int d = 0; d < Sizes::kColumns; ++d) {
+    const Floats<L> z = row(d);
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      const int p = (d - Sizes::kOlder) * Sizes::S + j;
+      if (p < 0 || p >= Sizes::kStrip) continue;
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        grad[p * L + l] = fmaf(z[l], w[j][l], grad[p * L + l]);
+        grad_taps[j * L + l] = fmaf(z[l], x[p * L + l], grad_taps[j * L + l]);
+      }
+    }
+  }
+}
 
 // With u = bn(z), du = (grad_output + grad_pooled) * activate'(u), M = N * OH * OW:
 //   dz = scale * (du - grad_bn_bias / M - xhat * grad_bn_weight / M)    (batch statistics)
 //   dz = scale * du                                                    (running statistics)
 //   dp[n, h, w, c] = sum_ij dz[n, (h + pad_top - i) / S, (w + pad_left - j) / S, c] * weight[c, i,
 //   j] grad_weight[c, i, j] = sum_nhw p[n, h, w, c] * dz[n, (h + pad_top - i) / S, ...]
-// over the i, j for which the division leaves no rest. Both sums run over the same pairs of pixel
-// and tap, so one pass computes both: dz comes from shared memory, where it was computed once an
-// element, p from the thread's own pixels. With a prologue v = input * scale + shift, p = act(v):
+// over the i, j for which the division leaves no rest. With a prologue v = input * scale + shift,
+// p = act(v):
 //   dv = dp * act'(v);  grad_input = dv * scale;  grad of scale = sum dv * input, of shift = sum dv
-// A patch is 2 * S x 4 pixels of grad_input. Three tensors read, one written.
-template <class T, int V, int K, int S>
-__global__ void __launch_bounds__(kMaxBlockThreads, (BackwardSizes<T, V, K, S>::kMinBlocks))
-    depthwise_conv_backward_kernel(const BackwardArguments<T> a) {
-  using Sizes = BackwardSizes<T, V, K, S>;
-  constexpr int kPatchH = Sizes::kPatchH;
-  constexpr int kPixels = Sizes::kPatchPixels;
-  constexpr int kReach = (K - 1) / S;  // rows of the window before the patch's first row
-  using RowMath = Math<T, kPatchW>;
-
+// dz and p are float32 throughout. Three tensors read, one written.
+template <class T, int L, int K, int S>
+__global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
+                                  (BackwardSizes<T, L, K, S>::kBlocks))
+    depthwise_conv_backward_kernel(const __grid_constant__ BackwardArguments<T> a) {
+  using Sizes = BackwardSizes<T, L, K, S>;
+  constexpr int kStrip = Sizes::kStrip, kOlder = Sizes::kOlder, kColumns = Sizes::kColumns;
+  constexpr int kThreads = Sizes::kThreads, kBlockChannels = Sizes::kBlockChannels;
+  constexpr uint32_t kAllPixels = (1u << kStrip) - 1, kAllColumns = (1u << kColumns) - 1;
+  using Pixels = Floats<kStrip * L>;
+  using Raw = Vector<T, L>;
   const ConvShape& shape = a.shape;
-  const DepthwiseBlock block(a.tiling);
-  const int columns = Sizes::columns(a.tiling.patches);
-  const int position = static_cast<int>(threadIdx.x) % kBlockChannels;
-  const int patch = static_cast<int>(threadIdx.x) / kBlockChannels;
-  const int channel = block.channel + channel_at_position<V>(position);
-  const bool active = channel < shape.channels;
+  const StripTiling& tiling = a.tiling;
 
-  float* tile = shared_floats();
-  float* constants = tile + Sizes::tile_floats(a.tiling.patches);
+  int block = blockIdx.x;
+  const int first_channel = block % tiling.channel_blocks * tiling.lanes * L;
+  block /= tiling.channel_blocks;
+  const int segment = block % tiling.segments;
+  const int unit_block = block / tiling.segments;
+  const int lane = static_cast<int>(threadIdx.x) % tiling.lanes;
+  const int unit = static_cast<int>(threadIdx.x) / tiling.lanes;
+  const int channel = first_channel + lane * L;
+  const int group = (unit_block * tiling.units + unit) / tiling.strips;
+  const int strip = (unit_block * tiling.units + unit) % tiling.strips;
+  const int64_t first_n = int64_t{group} * tiling.images;
+  const int images = static_cast<int>(min(shape.batch - first_n, int64_t{tiling.images}));
+  const bool active = channel < shape.channels && images > 0;
+  const int block_channels = tiling.lanes * L;
 
-  float w[K * K];
-  load_weights<V, K>(w, tile, a.weight, block.channel, shape.channels, position);
-  float grad_w[K * K] = {};
+  char* const shared = reinterpret_cast<char*>(dynamic_shared_memory);
+  T* const filters = reinterpret_cast<T*>(shared);
+  float* const constants = reinterpret_cast<float*>(shared + Sizes::kFilterBytes);
+  float* const ring =
+      reinterpret_cast<float*>(shared + Sizes::kFilterBytes + Sizes::kConstantBytes) +
+      threadIdx.x * L;  // [row][column][thread]
+  Raw* const ahead = reinterpret_cast<Raw*>(shared + Sizes::kFilterBytes + Sizes::kConstantBytes +
+                                            Sizes::kRingBytes) +
+                     threadIdx.x;
+  Raw* const ahead_conv = ahead + kColumns * kThreads;
+  Raw* const ahead_input = ahead + 2 * kColumns * kThreads;
 
-  for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
-    const int c = block.channel + i;
+  {
+    const int channels = min(shape.channels - first_channel, block_channels);
+    const T* const from = a.weight + static_cast<int64_t>(first_channel) * K * K;
+    for (int i = threadIdx.x; i < channels * K * K; i += blockDim.x) {
+      filters[i % (K * K) * kBlockChannels + i / (K * K)] = from[i];
+    }
+  }
+  const bool has_prologue = a.prologue.scale != nullptr;
+  for (int i = threadIdx.x; i < block_channels; i += blockDim.x) {
+    const int c = first_channel + i;
     if (c >= shape.channels) continue;
     const ChannelNorm norm = channel_norm<T>(a.bn, c);
-    float* constant = constants + position_of_channel<V>(i);
-    constant[0] = norm.mean;
-    constant[kBlockChannels] = norm.scale;
-    constant[2 * kBlockChannels] = norm.bias;
     float mean_du = 0.f, slope = 0.f;
     if (a.grad_bn_weight != nullptr) {
       const float count = static_cast<float>(shape.batch * shape.out_h * shape.out_w);
       mean_du = a.grad_bn_bias[c] / count;
       slope = a.grad_bn_weight[c] / count * norm.invstd;
     }
+    float* const constant = constants + i;
+    constant[0] = norm.mean;
+    constant[kBlockChannels] = norm.scale;
+    constant[2 * kBlockChannels] = norm.bias;
     constant[3 * kBlockChannels] = mean_du;
     constant[4 * kBlockChannels] = slope;
-  }
-
-  const bool has_prologue = a.prologue.scale != nullptr;
-  float scale = 1.f, shift = 0.f, grad_scale = 0.f, grad_shift = 0.f;
-  if (has_prologue && active) {
-    scale = static_cast<const float*>(a.prologue.scale)[channel];
-    shift = static_cast<const float*>(a.prologue.shift)[channel];
-  }
-
-  // Rows and columns of the patches, as padded coordinates less those of the first patch.
-  const int first_h = first_padded(shape.pad_top, S) - shape.pad_top;
-  const int first_w = first_padded(shape.pad_left, S) - shape.pad_left;
-  const int first_row = block.segment * a.tiling.segment_rows;
-  const int last_row = min(first_row + a.tiling.segment_rows, shape.in_h - first_h);
-  const int first_column = (block.band * a.tiling.patches + patch) * kPatchW;
-  const int steps = (last_row - first_row + kPatchH - 1) / kPatchH;
-  const int64_t column_stride = shape.channels;
-  const int64_t row_stride = shape.in_w * column_stride;
-
-  const int vector = static_cast<int>(threadIdx.x) % Sizes::kVectors;
-  GradConvSource<T, V> source;
-  source.column_stride = shape.channels;
-  source.row_stride = shape.out_w * column_stride;
-  source.out_h = shape.out_h;
-  source.out_w = shape.out_w;
-  source.first_oh = (first_padded(shape.pad_top, S) + first_row) / S - kReach;
-  source.first_ow =
-      (first_padded(shape.pad_left, S) + block.band * a.tiling.patches * kPatchW) / S - kReach;
-  source.active = block.channel + vector * V < shape.channels;
-  source.constants = constants;
-  source.vector = vector;
-  source.activation = a.activation;
-
-  // Which pixels of the thread's patch exist: none of an inactive thread or beyond the last step.
-  const int first_p = max(0, -first_w - first_column);
-  const int last_p = active ? min(kPatchW, shape.in_w - first_w - first_column) : 0;
-  struct Inside {
-    int first_r, last_r, first_p, last_p;
-    EFFNET_DEVICE bool operator()(int r, int p) const {
-      return r >= first_r && r < last_r && p >= first_p && p < last_p;
+    if (has_prologue) {
+      constant[5 * kBlockChannels] = static_cast<const float*>(a.prologue.scale)[c];
+      constant[6 * kBlockChannels] = static_cast<const float*>(a.prologue.shift)[c];
     }
-  };
-  const auto inside_of = [&](int step) {
-    const int row = first_row + step * kPatchH;
-    return Inside{max(0, -first_h - row), min(kPatchH, last_row - row), first_p, last_p};
-  };
+  }
+  __syncthreads();
 
-  const int64_t first_n = block.chunk * a.tiling.images;
-  const int64_t last_n = min(first_n + a.tiling.images, shape.batch);
-  for (int64_t n = first_n; n < last_n; ++n) {
-    // The barriers of walk_rows lie between this and the reads of the image before and of this one.
-    for (int i = threadIdx.x; i < kBlockChannels; i += blockDim.x) {
-      if (block.channel + i < shape.channels) {
-        constants[5 * kBlockChannels + position_of_channel<V>(i)] =
-            a.grad_pooled == nullptr ? 0.f : a.grad_pooled[n * shape.channels + block.channel + i];
-      }
+  Floats<K * L> grad_taps[K];
+#pragma unroll
+  for (int i = 0; i < K; ++i) grad_taps[i] = broadcast<K * L>(0.f);
+  Floats<L> grad_scale = broadcast<L>(0.f), grad_shift = broadcast<L>(0.f);
+
+  if (active) {
+    // Rows o and columns of grad_conv, rows h = o * S + s - pad_top of the input. Step 0 is that of
+    // the first row of grad_conv that the segment's first row of the input reaches; the first
+    // kOlder steps have no rows of the input, those before first_step nothing at all.
+    const int first_padded_h = first_padded(shape.pad_top, S);
+    const int first_padded_w = first_padded(shape.pad_left, S) + strip * kStrip;
+    const int first_w = first_padded_w - shape.pad_left;
+    const int first_ow = first_padded_w / S - kOlder;
+    const int first_o = first_padded_h / S + segment * tiling.segment_rows - kOlder;
+    const int end_h = min(shape.in_h, (first_o + kOlder + tiling.segment_rows) * S - shape.pad_top);
+    const int first_step = min(kOlder, max(0, -first_o));
+    const int end_step = kOlder + (end_h + shape.pad_top + S - 1) / S - (first_o + kOlder);
+
+    uint32_t pixels = 0, columns = 0;
+#pragma unroll
+    for (int p = 0; p < kStrip; ++p) {
+      const bool exists = static_cast<unsigned>(first_w + p) < static_cast<unsigned>(shape.in_w);
+      pixels |= static_cast<uint32_t>(exists) << p;
     }
-    const int64_t image_out = n * shape.out_h * source.row_stride + block.channel + vector * V;
-    source.grad_output = a.grad_output + image_out;
-    source.conv = a.conv + image_out;
-    const int64_t image = (n * shape.in_h + first_h + first_row) * row_stride +
-                          (first_w + first_column) * column_stride + channel;
-
-    // The thread's own pixels are loaded a step ahead, like the rows of the window.
-    Vector<T, 1> ahead[kPixels];
-    const auto load_pixels = [&](int step) {
-      const Inside inside = inside_of(step);
-      const T* row = a.input + image + step * kPatchH * row_stride;
 #pragma unroll
-      for (int r = 0; r < kPatchH; ++r) {
-#pragma unroll
-        for (int p = 0; p < kPatchW; ++p) {
-          ahead[r * kPatchW + p] = Vector<T, 1>{};
-          if (inside(r, p)) ahead[r * kPatchW + p] = load_vector<1>(row + p * shape.channels);
-        }
-        row += row_stride;
-      }
+    for (int d = 0; d < kColumns; ++d) {
+      const bool exists = static_cast<unsigned>(first_ow + d) < static_cast<unsigned>(shape.out_w);
+      columns |= static_cast<uint32_t>(exists) << d;
+    }
+    const auto conv_row_exists = [&](int o) {
+      return static_cast<unsigned>(o) < static_cast<unsigned>(shape.out_h);
     };
-    load_pixels(0);
+    const auto input_row_exists = [&](int step, int s) {
+      const int h = (first_o + step) * S + s - shape.pad_top;
+      return step >= kOlder && h >= 0 && h < end_h;
+    };
+    const auto in_row = [&] { return int64_t{opaque(shape.in_w)} * shape.channels; };
+    const auto out_row = [&] { return int64_t{opaque(shape.out_w)} * shape.channels; };
 
-    walk_rows<Sizes, V>(tile, columns, steps, source, [&](int step, int head) {
-      const Inside inside = inside_of(step);
-      Floats<kPixels> pixel, dp = broadcast<kPixels>(0.f);
+    // Where the rows of a step begin, there or not.
+    int step = first_step;
+    int64_t in =
+        ((first_n * shape.in_h + (first_o + step) * S - shape.pad_top) * shape.in_w + first_w) *
+            shape.channels +
+        channel;
+    int64_t out =
+        ((first_n * shape.out_h + first_o + step) * shape.out_w + first_ow) * shape.channels +
+        channel;
+    // Two groups of copies are on their way at a time: a row of grad_conv's and the input's.
+    const auto load_conv_ahead = [&](int step) {
+      if (conv_row_exists(first_o + step)) {
+        const int stride = opaque(shape.channels);
+        copy_row_ahead<kColumns, kThreads>(ahead, a.grad_output + out, stride, columns);
+        copy_row_ahead<kColumns, kThreads>(ahead_conv, a.conv + out, stride, columns);
+      }
+      commit_copies();
+    };
+    const auto load_input_ahead = [&](int step) {
 #pragma unroll
-      for (int i = 0; i < kPixels; ++i) pixel[i] = unpack<T, 1>(ahead[i])[0];
-      load_pixels(step + 1);
-      if (has_prologue) {
+      for (int s = 0; s < S; ++s) {
+        if (input_row_exists(step, s)) {
+          copy_row_ahead<kStrip, kThreads>(ahead_input + s * kStrip * kThreads,
+                                           a.input + in + s * in_row(), opaque(shape.channels),
+                                           pixels);
+        }
+      }
+      commit_copies();
+    };
+    Floats<L> pooled = broadcast<L>(0.f);
+    const auto load_pooled = [&](int image) {
+      if (a.grad_pooled == nullptr) return;
+      const float* const p = a.grad_pooled + (first_n + image) * shape.channels + channel;
 #pragma unroll
-        for (int r = 0; r < kPatchH; ++r) {
-          Floats<kPatchW> v = slice<kPatchW>(pixel, r);
+      for (int l = 0; l < L; ++l) pooled[l] = p[l];
+    };
+
+    const auto constant = [&](int i) { return load<L>(constants + i * kBlockChannels + lane * L); };
+
+    load_pooled(0);
+    load_conv_ahead(step);
+    load_input_ahead(step);
+    int slot = 0;  // of the ring: the oldest row, which this step's replaces
+#pragma unroll 1
+    for (int image = 0; image < images;) {
+      const int o = first_o + step;
+      const bool conv_exists = conv_row_exists(o);
+      Floats<kColumns * L> dz;
+      wait_for_copy_groups<1>();
+      if (conv_exists) {
+        const Floats<L> mean = constant(0), scale = constant(1), bias = constant(2);
+        Floats<kColumns * L> z, u;
 #pragma unroll
-          for (int p = 0; p < kPatchW; ++p) v[p] = fmaf(v[p], scale, shift);
-          v = activate<RowMath>(a.prologue.activation, v);
+        for (int d = 0; d < kColumns; ++d) {
+          const Floats<L> zero_mean = unpack<T, L>(ahead_conv[d * kThreads]) - mean;
+          set_slice(z, d, zero_mean);
+          set_slice(u, d, multiply_add(zero_mean, scale, bias));
+        }
+        u = activate_grad<Math<T, kColumns * L>>(a.activation, u);
+        const Floats<L> mean_du = constant(3), slope = constant(4);
 #pragma unroll
-          for (int p = 0; p < kPatchW; ++p) v[p] = inside(r, p) ? v[p] : 0.f;
-          set_slice(pixel, r, v);
+        for (int d = 0; d < kColumns; ++d) {
+          const Floats<L> du = (unpack<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
+          set_slice(dz, d, scale * (du - mean_du - slice<L>(z, d) * slope));
+        }
+        if (columns != kAllColumns) {
+          const int exist = opaque(columns);
+#pragma unroll
+          for (int i = 0; i < kColumns * L; ++i) {
+            if (!(exist >> i / L & 1)) dz[i] = 0.f;
+          }
         }
       }
 
-      const float* window = tile + patch * Sizes::kStepCols * kBlockChannels + position;
-      const int pitch = columns * kBlockChannels;
-      const float* const last_line = window + (Sizes::kRows - 1) * pitch;
-      const float* line = window + head * pitch;
+      // The next step's rows come while this one's are multiplied.
+      const int next_step = step + 1 == end_step ? first_step : step + 1;
+      const int next_image = image + (next_step == first_step);
+      out += out_row();
+      if (next_step == first_step) out += (shape.out_h - (end_step - first_step)) * out_row();
+      if (next_image < images) {
+        load_conv_ahead(next_step);
+        if (next_image > image) load_pooled(next_image);
+        wait_for_copy_groups<1>();
+      } else {
+        wait_for_copies();
+      }
+
 #pragma unroll
-      for (int row = 0; row < Sizes::kRows; ++row) {
-        Floats<Sizes::kCols> dz;
+      for (int s = 0; s < S; ++s) {
+        const bool input_exists = input_row_exists(step, s);
+        Pixels x, slope, grad = broadcast<kStrip * L>(0.f);
+        const auto multiply = [&](int k, const auto& row) {
+          const int i = k * S + s;
+          multiply_tap_row<Sizes>(grad, grad_taps[i], x,
+                                  filters + i * K * kBlockChannels + lane * L, row);
+        };
+        const auto multiply_older = [&](int k) {
+          if (!input_exists || !conv_row_exists(o - k)) return;
+          const int older = slot - k + (slot < k ? kOlder : 0);
+          const float* const row = ring + older * kColumns * kThreads * L;
+          multiply(k, [&](int d) { return load<L>(row + d * kThreads * L); });
+        };
+
+        if (input_exists) {
 #pragma unroll
-        for (int col = 0; col < Sizes::kCols; ++col) dz[col] = line[col * kBlockChannels];
+          for (int p = 0; p < kStrip; ++p) {
+            set_slice(x, p, unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
+          }
+          if (has_prologue) {
+            const Floats<L> scale = constant(5), shift = constant(6);
 #pragma unroll
-        for (int r = 0; r < kPatchH; ++r) {
-          const int i = r - (row - kReach) * S;
-          if (i < 0 || i >= K) continue;
+            for (int p = 0; p < kStrip; ++p) {
+              set_slice(x, p, multiply_add(slice<L>(x, p), scale, shift));
+            }
+            x = activate_with_grad<Math<T, kStrip * L>>(a.prologue.activation, x, slope);
+            if (pixels != kAllPixels) {
+              const int exist = opaque(pixels);
 #pragma unroll
-          for (int p = 0; p < kPatchW; ++p) {
-#pragma unroll
-            for (int col = 0; col < Sizes::kCols; ++col) {
-              const int j = p - (col - kReach) * S;
-              if (j < 0 || j >= K) continue;
-              float& sum = dp[r * kPatchW + p];
-              sum = fmaf(dz[col], w[i * K + j], sum);
-              float& sum_w = grad_w[i * K + j];
-              sum_w = fmaf(dz[col], pixel[r * kPatchW + p], sum_w);
+              for (int i = 0; i < kStrip * L; ++i) {
+                if (!(exist >> i / L & 1)) x[i] = slope[i] = 0.f;
+              }
             }
           }
         }
-        line = line == last_line ? window : line + pitch;
-      }
-
-      if (a.grad_input == nullptr) return;
-      const T* row_in = a.input + image + step * kPatchH * row_stride;
-      T* row_out = a.grad_input + image + step * kPatchH * row_stride;
+        // The oldest row first: this step's takes its place.
+        if (kOlder * S + s < K) multiply_older(kOlder);
+        if (s == 0 && conv_exists) {
+          float* const row = ring + slot * kColumns * kThreads * L;
 #pragma unroll
-      for (int r = 0; r < kPatchH; ++r) {
-        Floats<kPatchW> y = slice<kPatchW>(dp, r);
+          for (int d = 0; d < kColumns; ++d) store(row + d * kThreads * L, slice<L>(dz, d));
+        }
+        if (input_exists && conv_exists) multiply(0, [&](int d) { return slice<L>(dz, d); });
+#pragma unroll
+        for (int k = 1; k < kOlder; ++k) {
+          if (k * S + s < K) multiply_older(k);
+        }
+        if (!input_exists) continue;
+
         if (has_prologue) {
-          // Loaded again, from L1 or L2: registers to hold it would cost occupancy.
-          Floats<kPatchW> x = broadcast<kPatchW>(0.f), v;
+          const Floats<L> scale = constant(5);
+          grad = grad * slope;
+          // Of a row by itself: long sums of float32 lose digits.
+          Floats<L> row_scale = broadcast<L>(0.f), row_shift = broadcast<L>(0.f);
 #pragma unroll
-          for (int p = 0; p < kPatchW; ++p) {
-            if (inside(r, p)) x[p] = to_float(row_in[p * shape.channels]);
-            v[p] = fmaf(x[p], scale, shift);
+          for (int p = 0; p < kStrip; ++p) {
+            const Floats<L> y = slice<L>(grad, p);
+            const Floats<L> z = unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
+            row_scale = multiply_add(y, z, row_scale);
+            row_shift = row_shift + y;
+            set_slice(grad, p, y * scale);
           }
-          y = y * activate_grad<RowMath>(a.prologue.activation, v);
+          grad_scale = grad_scale + row_scale;
+          grad_shift = grad_shift + row_shift;
+        }
+        if (a.grad_input == nullptr) continue;
+        T* to = a.grad_input + in + s * in_row();
+        const int stride = opaque(shape.channels);
+        const auto store_row = [&](auto exists) {
 #pragma unroll
-          for (int p = 0; p < kPatchW; ++p) {
-            if (inside(r, p)) {
-              grad_scale = fmaf(y[p], x[p], grad_scale);
-              grad_shift += y[p];
-            }
-            y[p] *= scale;
+          for (int p = 0; p < kStrip; ++p) {
+            if (exists(p)) store(to, slice<L>(grad, p));
+            to += stride;
           }
+        };
+        if (pixels == kAllPixels) {
+          store_row([](int) { return true; });
+        } else {
+          const int exist = opaque(pixels);
+          store_row([&](int p) { return exist >> p & 1; });
         }
-#pragma unroll
-        for (int p = 0; p < kPatchW; ++p) {
-          if (inside(r, p)) row_out[p * shape.channels] = from_float<T>(y[p]);
-        }
-        row_in += row_stride;
-        row_out += row_stride;
       }
-    });
+      in += S * in_row();
+      if (next_step == first_step) in += (shape.in_h - (end_step - first_step) * S) * in_row();
+      if (next_image < images) load_input_ahead(next_step);
+      step = next_step;
+      image = next_image;
+      slot = slot + 1 == kOlder ? 0 : slot + 1;
+    }
   }
 
-  // Sums over the patches of the block, first to last, a row of taps at a time.
-  const int64_t slots = a.tiling.chunks * a.tiling.segments * a.tiling.bands;
-  const int64_t slot = block.slot(a.tiling);
+  // Sums over the units of the block, first to last, `count` at a time.
+  float* const sums = reinterpret_cast<float*>(shared);  // [unit][count][channel]
+  const int64_t slots = int64_t{tiling.unit_blocks} * tiling.segments;
+  const int64_t first_slot = int64_t{unit_block} * tiling.segments + segment;
   const auto write_sums = [&](int count, int64_t first_plane, float* partial) {
     __syncthreads();
-    for (int i = threadIdx.x; i < count * kBlockChannels; i += blockDim.x) {
+    for (int i = threadIdx.x; i < count * block_channels; i += blockDim.x) {
       float sum = 0.f;
-      for (int p = 0; p < a.tiling.patches; ++p) sum += tile[p * count * kBlockChannels + i];
-      const int c = block.channel + channel_at_position<V>(i % kBlockChannels);
+      for (int u = 0; u < tiling.units; ++u) sum += sums[u * count * block_channels + i];
+      const int c = first_channel + i % block_channels;
       if (c < shape.channels) {
-        partial[((first_plane + i / kBlockChannels) * slots + slot) * shape.channels + c] = sum;
+        partial[((first_plane + i / block_channels) * slots + first_slot) * shape.channels + c] =
+            sum;
       }
     }
     __syncthreads();
+  };
+  __syncthreads();
+  const auto own = [&](int count, int i) {
+    return sums + (unit * count + i) * block_channels + lane * L;
   };
   if (a.partial_weight != nullptr) {
 #pragma unroll
     for (int i = 0; i < K; ++i) {
 #pragma unroll
-      for (int j = 0; j < K; ++j) {
-        tile[(patch * K + j) * kBlockChannels + position] = grad_w[i * K + j];
-      }
+      for (int j = 0; j < K; ++j) store(own(K, j), slice<L>(grad_taps[i], j));
       write_sums(K, i * K, a.partial_weight);
     }
   }
   if (a.partial_prologue != nullptr) {
-    tile[patch * 2 * kBlockChannels + position] = grad_scale;
-    tile[(patch * 2 + 1) * kBlockChannels + position] = grad_shift;
+    store(own(2, 0), grad_scale);
+    store(own(2, 1), grad_shift);
     write_sums(2, 0, a.partial_prologue);
   }
 }
