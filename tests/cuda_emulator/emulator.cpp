@@ -94,6 +94,7 @@ struct Fiber {
     void* shared;
     uint64_t data[2];
     unsigned group;
+    int size;
   } copies[kMostCopies];  // begun and not yet waited for, in order
   unsigned copy_count = 0;
   unsigned copy_group = 0;  // of the copies that are not yet committed
@@ -467,17 +468,17 @@ void __syncwarp(unsigned mask, const char* file, int line) {
 
 namespace cuda_emulator {
 
-void cp_async(void* shared, const void* global, int bytes) {
+void cp_async(void* shared, const void* global, int bytes, int size) {
   Fiber& fiber = *running;
   if (fiber.copy_count == kMostCopies) fail("too many asynchronous copies before a wait");
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("an asynchronous copy of 16 bytes is not aligned to them");
+  if (reinterpret_cast<uintptr_t>(shared) % size != 0 ||
+      reinterpret_cast<uintptr_t>(global) % size != 0) {
+    fail("an asynchronous copy is not aligned to its bytes");
   }
   Fiber::Copy& copy = fiber.copies[fiber.copy_count++];
-  copy = {shared, {}, fiber.copy_group};
+  copy = {shared, {}, fiber.copy_group, size};
   std::memcpy(copy.data, global, bytes);
-  std::memset(shared, 0xff, sizeof(copy.data));
+  std::memset(shared, 0xff, size);
 }
 
 void cp_async_commit_group() { ++running->copy_group; }
@@ -487,7 +488,7 @@ void cp_async_wait_group(unsigned pending) {
   unsigned done = 0;
   // Committed, and before the last `pending` groups that are.
   while (done < fiber.copy_count && fiber.copies[done].group + pending < fiber.copy_group) {
-    std::memcpy(fiber.copies[done].shared, fiber.copies[done].data, 16);
+    std::memcpy(fiber.copies[done].shared, fiber.copies[done].data, fiber.copies[done].size);
     ++done;
   }
   std::copy(fiber.copies + done, fiber.copies + fiber.copy_count, fiber.copies);

@@ -136,9 +136,9 @@ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 // cvt.rna.tf32.f32
 uint32_t cvt_rna_tf32(float x);
 
-// cp.async of 16 bytes, of which `bytes` are read and the rest are zeros. The shared memory is NaN
-// from then on until the thread waits for the copy, so that a missing wait changes results.
-void cp_async(void* shared, const void* global, int bytes);
+// cp.async of `size` bytes, of which `bytes` are read and the rest are zeros. The shared memory is
+// NaN from then on until the thread waits for the copy, so that a missing wait changes results.
+void cp_async(void* shared, const void* global, int bytes, int size = 16);
 void cp_async_commit_group();
 void cp_async_wait_group(unsigned pending);
 void cp_async_wait_all();
