@@ -43,7 +43,8 @@
 // read once, output written once.
 //
 // Without project_weight, z + residual is the output, and the sums of z over pixels may be wanted;
-// middle channels are then cut into parts where there are too few tiles.
+// middle channels are then cut into parts where there are too few tiles. (From few channels of 16
+// bits to few, without sums, that is dense_conv.cuh's.)
 //
 // What fills an odd vector of a step up is multiplied by zero: an infinity in the first tap's
 // channels may give NaN where the convolution itself has an infinity.

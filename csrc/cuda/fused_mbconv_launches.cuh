@@ -1,5 +1,5 @@
 // The launch of the Fused-MBConv block on one storage type: workspaces, the better of two tiles.
-// The tiles are in fused_mbconv_tiling.cuh, the kernel in fused_mbconv.cuh.
+// The tiles are in fused_mbconv_tiling.cuh, the kernels in fused_mbconv.cuh and dense_conv.cuh.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -24,6 +24,13 @@ void launch(const Device& device, const FusedMbconv& a, const FusedCandidate<T, 
   device.launch(fused_mbconv_kernel<T, Sizes>, candidate.blocks(), Sizes::kThreads, t.bytes, a, t,
                 pooled.data());
   pooled.add_up(device);
+}
+
+template <class T, class Sizes>
+void launch(const Device& device, const FusedMbconv& a, const DenseCandidate<T, Sizes>& candidate,
+            const Tensor&) {
+  const DenseTiling& t = candidate.tiling();
+  device.launch(dense_conv_kernel<T, Sizes>, candidate.blocks(), Sizes::kThreads, t.bytes, a, t);
 }
 
 template <class T>

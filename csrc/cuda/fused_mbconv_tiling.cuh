@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "dense_conv.cuh"
 #include "fused_mbconv.cuh"
 #include "limits.cuh"
 
@@ -187,10 +188,177 @@ bool with_better_fused(const DeviceLimits& device, const FusedMbconv& a, const B
   return wide.found() || small.found();
 }
 
+// The tile of the dense convolution alone (dense_conv.cuh) that is predicted to be done first, if
+// these sizes serve the call.
+template <class T, class Sizes>
+class DenseCandidate {
+ public:
+  DenseCandidate(const DeviceLimits& device, const FusedMbconv& a) : device_(device), a_(a) {
+    if (!fill_filter() || !fill_parts()) return;
+    for (int rows = 1; rows <= a.shape.out_h; ++rows) {
+      if (rows > 1 && rows * a.shape.out_w > kMostPixels) break;
+      choose(static_cast<int>(ceil_div(a.shape.out_h, ceil_div(a.shape.out_h, rows))));
+    }
+  }
+
+  bool found() const { return best_.rows > 0; }
+  double cost() const { return cost_; }
+
+  const DenseTiling& tiling() const { return best_; }
+  int64_t blocks() const { return blocks_; }
+
+ private:
+  static constexpr int kMostPixels = 2048;  // of a tile of more than a row
+  static constexpr int kMostWidth = 32768;  // for which row_factor is exact
+
+  static int align(int x, int unit) { return (x + unit - 1) / unit * unit; }
+
+  // The filter's words and the lines of the halo; whether these sizes take them.
+  bool fill_filter() {
+    const ConvShape& s = a_.shape;
+    const int columns = s.kernel * a_.in_channels, bytes = a_.in_channels * 2;
+    const int reach = std::max(s.in_w + s.pad_left, (s.out_w - 1) * s.stride + s.kernel);
+    const auto input = reinterpret_cast<uintptr_t>(a_.input);
+    DenseTiling& t = tiling_;
+    if constexpr (Sizes::kWords) {
+      if (s.stride * a_.in_channels % 2 != 0) return false;
+      const int before = s.pad_left * a_.in_channels;
+      t.lead = before % 2;
+      t.runs = s.kernel;
+      t.run_elements = columns;
+      t.run_words = (columns + t.lead + 1) / 2;
+      t.pixel_pitch = bytes;
+      t.origin = align(before * 2, 16);
+      t.first = t.origin - (before + t.lead) * 2;
+      // A last word may reach one element out of the window.
+      t.line_pitch = align(t.origin - before * 2 + reach * bytes + 2, 16);
+      const int line = s.in_w * bytes;
+      for (t.piece = 16; t.piece > 2 && (line % t.piece != 0 || input % t.piece != 0);) {
+        t.piece /= 2;
+      }
+    } else {
+      const int vectors = a_.in_channels / kTileVector<T>;
+      const bool odd = vectors % 2 != 0, power = (vectors & (vectors - 1)) == 0;
+      if (a_.in_channels % kTileVector<T> != 0 || (!odd && !power)) return false;
+      if (input % 16 != 0 || reinterpret_cast<uintptr_t>(a_.expand_weight) % 4 != 0) return false;
+      t.runs = 1;
+      t.run_elements = s.kernel * columns;
+      t.run_words = t.run_elements / 2;
+      t.gap = odd ? 0 : 16;
+      if (!odd) {
+        while (1 << t.gap_shift < vectors) ++t.gap_shift;
+      }
+      t.pixel_pitch = bytes + t.gap;
+      t.origin = s.pad_left * t.pixel_pitch;
+      t.line_pitch = reach * t.pixel_pitch;
+      t.piece = 16;
+    }
+    t.pieces = s.in_w * bytes / t.piece;
+    t.end = t.origin + s.in_w * t.pixel_pitch;
+    t.pixel_step = s.stride * t.pixel_pitch;
+    t.line_step = s.stride * t.line_pitch - s.out_w * t.pixel_step;
+    t.row_factor = static_cast<uint32_t>(((int64_t{1} << 32) + s.out_w - 1) / s.out_w);
+    return t.runs * t.run_words <= Sizes::kSteps * 8 && s.out_w > 1 && s.out_w <= kMostWidth;
+  }
+
+  // As many warps share pixels as their registers ask for.
+  bool fill_parts() {
+    DenseTiling& t = tiling_;
+    for (t.parts = 1; t.parts * Sizes::kColumns < a_.out_channels; t.parts *= 2) {
+    }
+    t.part = align(static_cast<int>(ceil_div(a_.out_channels, t.parts)), kTileVector<T>);
+    return t.parts <= kMostParts;
+  }
+  static constexpr int kMostParts = Sizes::kWords ? 4 : 2;
+  static_assert(Sizes::kWarps % kMostParts == 0, "each pixel has warps for all of its parts");
+
+  // Weighs tiles of so many rows.
+  void choose(int rows) {
+    const ConvShape& s = a_.shape;
+    if (rows == best_.rows) return;
+    DenseTiling t = tiling_;
+    t.rows = rows;
+    t.tiles = static_cast<int>(ceil_div(s.out_h, rows));
+    t.halo_rows = (rows - 1) * s.stride + s.kernel;
+    const int64_t stage = int64_t{t.halo_rows} * t.line_pitch;
+    const int norms = t.parts * Sizes::kColumns * 2 * static_cast<int>(sizeof(float));
+    const int64_t bytes = 2 * stage + norms + Sizes::kWarps * Sizes::kResultBytes;
+    const int64_t tiles = s.batch * t.tiles;
+    int beside = static_cast<int>(
+        std::min<int64_t>(Sizes::kBlocks, ceil_div(tiles, device_.multiprocessors)));
+    while (beside > 0 && bytes > device_.shared_bytes(beside)) --beside;
+    if (beside == 0) return;
+    t.stage_bytes = static_cast<int>(stage);
+    t.norms = 2 * t.stage_bytes;
+    t.results = t.norms + norms;
+    t.bytes = static_cast<int>(bytes);
+
+    // In cycles: of a tile alone, whose warps wait for their fragments, and of its share of a
+    // multiprocessor's instructions and memory.
+    const double products = Sizes::kSteps * Sizes::kColumnFragments;
+    const double instructions = 90. + 2. * products + 30. * Sizes::kColumnFragments;
+    const double fragments = static_cast<double>(
+        ceil_div(ceil_div(int64_t{rows} * s.out_w, kFragmentRows), Sizes::kWarps / t.parts));
+    const double lines = static_cast<double>(ceil_div(t.halo_rows, Sizes::kWarps));
+    const double copies = lines * (20. + 8. * static_cast<double>(ceil_div(t.pieces, 32)));
+    const double alone = fragments * (4. * instructions + 300.) + 4. * copies + 1500.;
+    const double busy = (fragments * instructions + copies) * Sizes::kWarps / 4. +
+                        static_cast<double>(stage) / 32. + 200.;
+    const int64_t grid = std::min(tiles, int64_t{device_.multiprocessors} * beside);
+    const double cost = static_cast<double>(ceil_div(tiles, grid)) * std::max(alone, beside * busy);
+    if (found() && cost >= cost_) return;
+    t.step_images = static_cast<int>(grid / t.tiles);
+    t.step_tiles = static_cast<int>(grid % t.tiles);
+    blocks_ = grid;
+    cost_ = cost;
+    best_ = t;
+  }
+
+  const DeviceLimits device_;
+  const FusedMbconv& a_;
+  DenseTiling tiling_{}, best_{};
+  int64_t blocks_ = 0;
+  double cost_ = 0.;
+};
+
+// Calls body(candidate) for the first of some sizes that serves; whether one does.
+template <class T, class... Sizes, class Body>
+bool with_first_dense(const DeviceLimits& device, const FusedMbconv& a, const Body& body) {
+  const auto take = [&](const auto& candidate) {
+    if (candidate.found()) body(candidate);
+    return candidate.found();
+  };
+  return (take(DenseCandidate<T, Sizes>(device, a)) || ...);
+}
+
+// As with_fused_tile, for a convolution from few channels to few. Where all have vectors of them,
+// 16 bits wide, and sums are not wanted.
+template <class T, class Body>
+bool with_dense_tile(const DeviceLimits& device, const FusedMbconv& a, const Body& body) {
+  if constexpr (sizeof(T) == 2) {
+    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    if (a.pooled != nullptr || a.out_channels % kTileVector<T> != 0 || !aligned(a.output) ||
+        !aligned(a.residual)) {
+      return false;
+    }
+    // Up to 24 output channels, or 32, in each of one, two or four parts.
+    const bool narrow = a.out_channels <= 24 || (a.out_channels > 32 && a.out_channels <= 48) ||
+                        (a.out_channels > 64 && a.out_channels <= 96);
+    return (narrow ? with_first_dense<T, DenseSizes<true, 2, 3, 4, 5>>(device, a, body)
+                   : with_first_dense<T, DenseSizes<true, 2, 4, 4, 5>>(device, a, body)) ||
+           with_first_dense<T, DenseSizes<false, 9, 2, 4, 5>, DenseSizes<false, 14, 3, 4, 3>,
+                            DenseSizes<false, 18, 2, 6, 2>, DenseSizes<false, 23, 2, 4, 3>>(
+               device, a, body);
+  } else {
+    return false;
+  }
+}
+
 // Calls body(candidate) for the tile of a block of type T; whether one fits the device.
 template <class T, class Body>
 bool with_fused_tile(const DeviceLimits& device, const FusedMbconv& a, const Body& body) {
   if (a.project_weight == nullptr) {
+    if (with_dense_tile<T>(device, a, body)) return true;
     return with_better_fused<T, WideFused<0>, SmallFused<0>>(device, a, body);
   }
   if (a.out_channels <= WideFused<8>::kColumns &&

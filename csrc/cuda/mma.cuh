@@ -130,17 +130,24 @@ EFFNET_DEVICE uint32_t bitwise_and(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Copies 16 bytes from global to shared memory (bytes == 16), or writes zeros there and does not
-// touch `global` (bytes == 0), while the thread goes on: they are there for this thread after
-// wait_for_copies().
+// Copies kBytes (4, 8 or 16, to which both are aligned) from global to shared memory (bytes ==
+// kBytes), or writes zeros there and does not touch `global` (bytes == 0), while the thread goes
+// on: they are there for this thread after wait_for_copies().
+template <int kBytes = 16>
 EFFNET_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 #if defined(EFFNET_CUDA_EMULATOR)
-  cuda_emulator::cp_async(shared, global, bytes);
+  cuda_emulator::cp_async(shared, global, bytes, kBytes);
 #else
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(bytes)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(global),
+                 "r"(bytes), "n"(kBytes)
+                 : "memory");
+  }
 #endif
 }
 

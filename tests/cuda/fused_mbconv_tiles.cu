@@ -16,6 +16,13 @@ struct Block {
 };
 
 constexpr Block kBlocks[] = {
+    {"stem 3-32, 1 image", 1, 224, 3, 32, 0, 2, 3},
+    {"stem 3-32", 256, 224, 3, 32, 0, 2, 3},
+    {"stem 3-24", 128, 300, 3, 24, 0, 2, 3},
+    {"stem 3-48", 64, 456, 3, 48, 0, 2, 3},
+    {"efficientnetv2_b0 32-16", 256, 112, 32, 16, 0, 1, 3},
+    {"efficientnetv2_b3 40-16", 128, 150, 40, 16, 0, 1, 3},
+    {"efficientnetv2_l 32-32", 64, 240, 32, 32, 0, 1, 3},
     {"efficientnetv2_s 24-24, 1 image", 1, 192, 24, 24, 0, 1, 3},
     {"efficientnetv2_s 24-24", 64, 192, 24, 24, 0, 1, 3},
     {"efficientnetv2_s 24-96-48 stride 2", 64, 192, 24, 96, 48, 2, 3},
@@ -38,6 +45,21 @@ void print(const Block& block, const FusedCandidate<T, Sizes>& candidate) {
       block.name, Sizes::kRowFragments, Sizes::kWarpsDown, Sizes::kWarpsAcross, Sizes::kColumns / 8,
       Sizes::kBlocks, Sizes::kSliced ? "true" : "false", Sizes::kThreads, t.bytes,
       static_cast<long long>(candidate.blocks()), t.rows, Sizes::kRows);
+}
+
+template <class T, class Sizes>
+void print(const Block& block, const DenseCandidate<T, Sizes>& candidate) {
+  const DenseTiling& t = candidate.tiling();
+  const int out = (block.size + block.stride - 1) / block.stride;
+  const int in_use = t.rows * out;
+  const int step = Sizes::kWarps / t.parts * kFragmentRows;
+  std::printf(
+      "%s | dense_conv_kernel<__nv_bfloat16, DenseSizes<%s, %d, %d, %d, %d> > | %d | %d | "
+      "%lld | %d/%d\n",
+      block.name, Sizes::kWords ? "true" : "false", Sizes::kSteps, Sizes::kColumnFragments,
+      Sizes::kWarps, Sizes::kBlocks, Sizes::kThreads, t.bytes,
+      static_cast<long long>(candidate.blocks()), in_use,
+      static_cast<int>(ceil_div(in_use, step)) * step);
 }
 
 }  // namespace

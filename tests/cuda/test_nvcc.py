@@ -46,11 +46,12 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Bytes of spill stores, by the start of a kernel's name.
 AT_THE_LIMIT = {"depthwise_conv_mma_": 64, "depthwise_conv_kernel": 200}
 
-# The tensor-core instruction of a kernel, by the source's and the start of the kernel's name.
+# The tensor-core instruction of kernels, by the source's and the start of the kernels' names.
+FUSED = ("fused_mbconv_kernel", "dense_conv_kernel")
 TENSOR_CORES = {
-    "fused_mbconv_bfloat16.cu": ("fused_mbconv_kernel", "HMMA.16816.F32.BF16"),
-    "fused_mbconv_float16.cu": ("fused_mbconv_kernel", "HMMA.16816.F32"),
-    "fused_mbconv_float32.cu": ("fused_mbconv_kernel", "HMMA.1688.F32.TF32"),
+    "fused_mbconv_bfloat16.cu": (FUSED, "HMMA.16816.F32.BF16"),
+    "fused_mbconv_float16.cu": (FUSED, "HMMA.16816.F32"),
+    "fused_mbconv_float32.cu": (FUSED, "HMMA.1688.F32.TF32"),
 }
 
 # (multiprocessors, bytes of shared memory in each) of A100, H200, B200.
@@ -166,8 +167,8 @@ def compile_kernels(source: Path, architectures: tuple[str, ...]) -> tuple[Usage
         if int(match["stores"]) > allowed or (int(match["stack"]) and not allowed):
             faults.append(f"{name} on sm_{match['arch']} spills {match['stores']} bytes")
     for name, used in instructions.items():
-        kernel, wanted = TENSOR_CORES[source.name]
-        if name.startswith(kernel) and used != {wanted}:
+        kernels, wanted = TENSOR_CORES[source.name]
+        if name.startswith(kernels) and used != {wanted}:
             faults.append(f"{name} is made of {sorted(used)}, not of {wanted}")
     return usage, faults
 

@@ -831,6 +831,73 @@ def test_fused_mbconv_tiles(
     check_fused(case, dtype)
 
 
+# The dense convolution alone. Stems: rows of an image of 2, 4, 8 and 16 times some bytes, windows
+# that begin with odd elements and with even ones, one to four parts of the output channels. Then
+# vectors of channels, an odd number of them and others, at one tap and at two in a step.
+DENSE_CASES = [
+    FusedCase(1, 3, 32, 0, 17, 19, stride=2),
+    FusedCase(3, 3, 24, 0, 17, 18, stride=2, pads=(0, 0, 1, 1)),
+    FusedCase(3, 3, 40, 0, 18, 20, stride=2, expand_activation="hardswish"),
+    FusedCase(1, 3, 48, 0, 16, 16, stride=2, pads=(0, 0, 1, 1), residual=True),
+    FusedCase(2, 3, 72, 0, 33, 64, stride=2, expand_activation="relu6"),
+    FusedCase(1, 3, 104, 0, 9, 8, stride=2, pads=(2, 2, 0, 1), residual=True),
+    FusedCase(1, 3, 13, 0, 9, 8, stride=2),
+    FusedCase(1, 3, 32, 0, 9, 8),
+    FusedCase(5, 3, 32, 0, 3, 4, stride=2),
+    FusedCase(2, 1, 32, 0, 17, 19, stride=2),
+    FusedCase(1, 1, 16, 0, 19, 16, 5, 2, (2, 2, 2, 2)),
+    FusedCase(1, 2, 24, 0, 11, 10, residual=True),
+    FusedCase(2, 4, 24, 0, 9, 8, stride=2),
+    FusedCase(2, 5, 40, 0, 9, 8, stride=2),
+    FusedCase(3, 24, 24, 0, 17, 19, residual=True),
+    FusedCase(1, 24, 48, 0, 9, 12, stride=2, pads=(0, 0, 1, 1)),
+    FusedCase(2, 16, 16, 0, 30, 5, residual=True, pads=(2, 0, 0, 2)),
+    FusedCase(2, 8, 24, 0, 11, 10, expand_activation="relu"),
+    FusedCase(1, 32, 32, 0, 9, 11, residual=True),
+    FusedCase(1, 32, 16, 0, 12, 7, stride=2),
+    FusedCase(1, 40, 16, 0, 9, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+def test_fused_mbconv_dense(case: FusedCase, dtype: torch.dtype, multiprocessors: int) -> None:
+    """A block that walks over all tiles, and blocks of a tile each."""
+    check_fused(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [DENSE_CASES[0], DENSE_CASES[14]], ids=str)
+@pytest.mark.parametrize("name", ["input", "expand_weight", "residual"])
+def test_fused_mbconv_dense_unaligned(name: str, case: FusedCase, dtype: torch.dtype) -> None:
+    """A tensor that begins between two 16-byte boundaries is copied otherwise, or is another
+    kernel's.
+    """
+    tensors = make_fused_arguments(case, dtype)
+    if name in tensors:
+        aligned = run_fused(case, tensors)["output"]
+        unaligned = run_fused(case, {**tensors, name: shifted(tensors[name])})["output"]
+        torch.testing.assert_close(unaligned, aligned)
+
+
+@pytest.mark.parametrize("case", [DENSE_CASES[0], DENSE_CASES[3]], ids=str)
+def test_fused_mbconv_dense_not_finite(case: FusedCase) -> None:
+    """What is not finite stays in its windows, which words of two elements may reach out of."""
+    tensors = make_fused_arguments(case, torch.bfloat16)
+    clean = run_fused(case, tensors)["output"]
+    for row, column in ((0, 0), (3, 4), (4, 3), (case.height - 1, case.width - 1)):
+        image = tensors["input"].clone()
+        image[0, :, row, column] = float("nan")
+        output = run_fused(case, {**tensors, "input": image})["output"]
+        rows, columns = (
+            torch.tensor([0 <= at + pad - 2 * i < 3 for i in range(size)])
+            for at, pad, size in zip((row, column), case.pads[:2], case.size, strict=True)
+        )
+        inside = rows[:, None] & columns
+        assert output[0, :, inside].isnan().all()
+        assert torch.equal(output[..., ~inside], clean[..., ~inside])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["input", "expand_weight", "project_weight", "residual"])
 def test_fused_mbconv_unaligned(name: str, dtype: torch.dtype) -> None:

@@ -26,6 +26,14 @@ CASES = [
     Case(2, 5, 17, 33, 1, 1, padding=1, project_activation="relu6"),
     Case(1, 7, 20, 7, 6, 5, kernel=5, padding=2, residual=True, activation="identity"),
     Case(1, 4, 8, 4, 8, 8, kernel=7, padding=3, residual=True),
+    # Stems.
+    Case(1, 3, 32, 0, 17, 19, stride=2, padding=1),
+    Case(3, 3, 24, 0, 17, 18, stride=2),
+    Case(3, 3, 40, 0, 18, 20, stride=2, activation="hardswish"),
+    Case(1, 3, 48, 0, 16, 16, stride=2),
+    Case(2, 1, 32, 0, 17, 19, stride=2, padding=1),
+    Case(2, 4, 24, 0, 9, 8, stride=2),
+    Case(2, 5, 40, 0, 9, 8, stride=2, padding=1),
 ]
 
 
