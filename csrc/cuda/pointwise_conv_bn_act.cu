@@ -6,69 +6,87 @@
 
 #include "../checks.h"
 #include "../ops.h"
-#include "pointwise_conv_bn_act.cuh"
+#include "pointwise_conv_split.cuh"
 #include "pointwise_expand.cuh"
 #include "row_launches.cuh"
 
 namespace effnet::cuda {
 namespace {
 
-// The tiles: of 128 rows for throughput, of 64 where there would be too few blocks for the device.
-// Float32's products are three, of operands that each warp splits for itself: registers are short.
+// The tiles for throughput. Float32's products are three, of operands that each warp splits for
+// itself: registers are short.
 template <class T>
 using NarrowSizes = PointwiseSizes<16, 8, 1, sizeof(T) == 2 ? 3 : 2>;
-template <class T>
-using SmallSizes = PointwiseSizes<16, 4, 1, sizeof(T) == 2 ? 6 : 4>;
 using WideSizes = PointwiseSizes<32, 4, 2, 2>;
 
-constexpr int kMostRows = 1 << 30;  // that a kernel counts in an int
-constexpr int kMostGates = 6144;    // that a block keeps
+// The tiles for few pixels.
+template <class T>
+using SmallSizes = SplitSizes<2, sizeof(T) == 2 ? 5 : 4, true>;
+template <class T>
+using SharedSizes = SplitSizes<4, sizeof(T) == 2 ? 3 : 2, true>;
+using ElementSizes = SplitSizes<2, 1, false>;  // for extents that are not aligned
 
-template <class T, class Sizes>
-struct Candidate {
-  PointwiseTiling tiling{};
+constexpr int kMostRows = 1 << 30;      // that a kernel counts in an int
+constexpr int kMostGates = 6144;        // that a block keeps
+constexpr int kMostChannels = 1 << 20;  // of a tile whose bytes pointwise_conv_split_kernel counts
+
+// What is common to the candidates. Costs are cycles, measured and counted on an H200.
+struct Cut {
   int64_t groups, blocks;
   double cost;
 
-  int shared_bytes(const PointwiseInference& a) const {
-    return Sizes::shared_bytes(tiling.stages) +
-           tiling.gate_images * a.in_channels * static_cast<int>(sizeof(float));
-  }
-
-  Candidate(const Device& device, const PointwiseInference& a) {
+  // Cuts the output into tiles of at most rows x columns, the latter multiples of `unit`.
+  template <class T>
+  void fill(PointwiseTiling& tiling, const PointwiseInference& a, int rows, int columns, int unit) {
     const bool grouped = a.pooled != nullptr || a.pixels > kMostRows;
     groups = grouped ? a.batch : 1;
     tiling.rows = a.batch * a.pixels / groups;
-    tiling.row_tiles = static_cast<int>(ceil_div(tiling.rows, Sizes::kRows));
-    tiling.column_tiles = static_cast<int>(ceil_div(a.out_channels, Sizes::kColumns));
-    const auto share = [](int columns, int parts) {
-      return static_cast<int>(ceil_div(ceil_div(columns, parts), 16)) * 16;
-    };
-    tiling.columns = share(a.out_channels, tiling.column_tiles);
-    tiling.warp_columns = share(tiling.columns, Sizes::kWarpsAcross);
+    tiling.row_tiles = static_cast<int>(ceil_div(tiling.rows, rows));
+    tiling.column_tiles = static_cast<int>(ceil_div(a.out_channels, columns));
+    tiling.columns = share(a.out_channels, tiling.column_tiles, unit);
     tiling.gate_rows = grouped ? kMostRows : static_cast<int>(a.pixels);
     tiling.vectors =
         allows_vectors(a.in_channels, kTileVector<T>,
                        {a.input, a.weight, a.prologue.scale, a.prologue.shift, a.gate});
     tiling.output_vectors = allows_vectors(a.out_channels, kLaneColumns, {a.output, a.residual});
     blocks = groups * tiling.row_tiles * tiling.column_tiles;
-    // Of the multiprocessor that has most to do: the products of a tile, and what brings its rows
-    // and columns.
-    cost = static_cast<double>(ceil_div(blocks, device.multiprocessors())) *
-           (Sizes::kRows * tiling.columns + 24 * (Sizes::kRows + tiling.columns));
-
     if (a.gate != nullptr) {
       const int64_t images =
-          grouped
-              ? 1
-              : std::min<int64_t>(a.batch, (Sizes::kRows - 1) / std::max<int64_t>(a.pixels, 1) + 2);
+          grouped ? 1 : std::min<int64_t>(a.batch, (rows - 1) / std::max<int64_t>(a.pixels, 1) + 2);
       const bool kept = images * a.in_channels <= kMostGates;
       tiling.gate_images = kept ? static_cast<int>(images) : 0;
     }
+  }
+
+  static int share(int columns, int parts, int unit) {
+    return static_cast<int>(ceil_div(ceil_div(columns, parts), unit)) * unit;
+  }
+
+  static int gate_bytes(const PointwiseTiling& tiling, const PointwiseInference& a) {
+    return tiling.gate_images * a.in_channels * static_cast<int>(sizeof(float));
+  }
+};
+
+template <class T, class Sizes>
+struct Staged : Cut {
+  StagedTiling tiling{};
+
+  int shared_bytes(const PointwiseInference& a) const {
+    return Sizes::shared_bytes(tiling.stages) + gate_bytes(tiling, a);
+  }
+
+  Staged(const Device& device, const PointwiseInference& a) {
+    fill<T>(tiling, a, Sizes::kRows, Sizes::kColumns, 16);
+    tiling.warp_columns = share(tiling.columns, Sizes::kWarpsAcross, 16);
+    const int chunks = static_cast<int>(ceil_div(a.in_channels, kTileDepth<T>));
+    // Of the multiprocessor that has most to do: the products of a tile, and what brings its rows
+    // and columns.
+    const int64_t beside = ceil_div(blocks, device.multiprocessors());
+    cost = 5000. + .25 * static_cast<double>(beside * chunks) *
+                       (Sizes::kRows * tiling.columns + 24 * (Sizes::kRows + tiling.columns));
+
     // As many stages as there is room for beside as many other blocks as there are, less than two
     // only for a single chunk.
-    const int chunks = static_cast<int>(ceil_div(a.in_channels, kTileDepth<T>));
-    const int64_t beside = ceil_div(blocks, device.multiprocessors());
     for (int64_t resident = std::min<int64_t>(Sizes::kBlocks, beside); resident > 0; --resident) {
       tiling.stages = std::min(chunks, kMostStages);
       const auto fits = [&] {
@@ -78,17 +96,46 @@ struct Candidate {
       if (fits()) break;
     }
   }
+
+  void launch(const Device& device, const PointwiseInference& a, float* sums) const {
+    device.launch(pointwise_conv_kernel<T, Sizes>, blocks, Sizes::kThreads, shared_bytes(a), a,
+                  tiling, sums);
+  }
 };
 
 template <class T, class Sizes>
-void launch(const Device& device, const PointwiseInference& a, const Candidate<T, Sizes>& c,
-            const Tensor& like) {
-  const ImageSums pooled(like, static_cast<float*>(a.pooled), a.batch, c.tiling.row_tiles,
-                         a.out_channels);
-  device.launch(pointwise_conv_kernel<T, Sizes>, c.blocks, Sizes::kThreads, c.shared_bytes(a), a,
-                c.tiling, pooled.data());
-  pooled.add_up(device);
-}
+struct Split : Cut {
+  SplitTiling tiling{};
+
+  Split(const Device& device, const PointwiseInference& a) {
+    for (int log_parts = 0; log_parts <= Sizes::kMostLogParts; ++log_parts) {
+      Split next(device, a, log_parts);
+      if (log_parts == 0 || next.cost <= cost) *this = next;
+    }
+  }
+
+  void launch(const Device& device, const PointwiseInference& a, float* sums) const {
+    device.launch(pointwise_conv_split_kernel<T, Sizes>, blocks, Sizes::kThreads,
+                  Sizes::template kSharedBytes<T> + gate_bytes(tiling, a), a, tiling, sums);
+  }
+
+ private:
+  Split(const Device& device, const PointwiseInference& a, int log_parts) {
+    const int rows = Sizes::rows(log_parts);
+    fill<T>(tiling, a, rows, Sizes::kColumns, 8);
+    tiling.log_parts = log_parts;
+    // The latencies of the block and of what a warp reads, one after another; 32 bytes a cycle of
+    // what the multiprocessor that has most to do reads; a second launch for sums of several tiles.
+    const int64_t loads =
+        ceil_div(ceil_div(a.in_channels, 2 * kStepDepth<T>), int64_t{Sizes::kAhead} << log_parts);
+    const int64_t beside = ceil_div(blocks, device.multiprocessors());
+    const double bytes = static_cast<double>(beside) * (rows + tiling.columns) * a.in_channels *
+                         static_cast<int>(sizeof(T));
+    const bool second = a.pooled != nullptr && tiling.row_tiles > 1;
+    cost = 3000. + static_cast<double>(ceil_div(beside, Sizes::kBlocks) * (1500 + 800 * loads)) +
+           bytes / 32 + (second ? 2500. : 0.);
+  }
+};
 
 // The tiling of pointwise_expand_kernel: as few columns in vain as can be, and as many blocks on a
 // multiprocessor.
@@ -152,14 +199,36 @@ void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor 
                              tiling.shared_bytes(), a, tiling);
       }
     }
-    const Candidate<T, NarrowSizes<T>> narrow(device, a);
-    const Candidate<T, SmallSizes<T>> small(device, a);
-    if constexpr (sizeof(T) == 2) {
-      const Candidate<T, WideSizes> wide(device, a);
-      if (wide.cost < std::min(narrow.cost, small.cost)) return launch(device, a, wide, input);
+    const auto launch = [&](const auto& c) {
+      const ImageSums sums(input, static_cast<float*>(a.pooled), a.batch, c.tiling.row_tiles,
+                           a.out_channels);
+      c.launch(device, a, sums.data());
+      sums.add_up(device);
+    };
+    const Staged<T, NarrowSizes<T>> narrow(device, a);
+    double cost = narrow.cost;
+    if constexpr (sizeof(T) == 2) cost = std::min(cost, Staged<T, WideSizes>(device, a).cost);
+    // Where the large tiles do not fill the device once.
+    if (narrow.blocks <= device.multiprocessors() && a.in_channels <= kMostChannels &&
+        a.prologue.scale == nullptr) {
+      const auto split = [&](const auto& c) {
+        if (c.cost >= cost) return false;
+        launch(c);
+        return true;
+      };
+      if (narrow.tiling.vectors && narrow.tiling.output_vectors) {
+        const Split<T, SmallSizes<T>> small(device, a);
+        const Split<T, SharedSizes<T>> shared(device, a);
+        if (shared.cost < small.cost ? split(shared) : split(small)) return;
+      } else if (split(Split<T, ElementSizes>(device, a))) {
+        return;
+      }
     }
-    if (small.cost < narrow.cost) return launch(device, a, small, input);
-    launch(device, a, narrow, input);
+    if constexpr (sizeof(T) == 2) {
+      const Staged<T, WideSizes> wide(device, a);
+      if (wide.cost < narrow.cost) return launch(wide);
+    }
+    launch(narrow);
   });
 }
 

@@ -59,39 +59,88 @@ struct PointwiseSizes {
 struct PointwiseTiling {
   int64_t rows;  // of a group
   int row_tiles, column_tiles;
-  int columns;       // of a tile, a multiple of 16
-  int warp_columns;  // the same of a warp
-  int stages;
+  int columns;          // of a tile
   int gate_rows;        // of an image, or more than a tile has where that is in one image
   int gate_images;      // whose gates a block keeps in shared memory; 0: they are read from L2
   bool vectors;         // x, weight and what applies to x's channels can be read in 16 bytes
   bool output_vectors;  // output and residual, 8 elements at a time
 };
 
-// Where a warp's results are in the output.
-template <class Sizes>
-struct PointwisePlace {
-  int64_t group, first_row;  // of all rows
-  int row_tile, rows;        // of the block
-  int first_column, columns;
-  int warp_row, warp_column;  // of the block's
-  int warp_columns;           // fewer than the tiling's, or none, at the matrix's edge
+// Its columns are a multiple of 16.
+struct StagedTiling : PointwiseTiling {
+  int warp_columns;  // likewise
+  int stages;
+};
 
-  EFFNET_DEVICE PointwisePlace(const PointwiseTiling& tiling, int features) {
+// Where a block's tile, of tile_rows rows or fewer at the matrix's edge, is in the output.
+struct PointwiseTile {
+  int64_t group, row_in_group, first_row;  // of all rows
+  int row_tile, rows;
+  int first_column, columns;
+
+  EFFNET_DEVICE PointwiseTile(const PointwiseTiling& tiling, int features, int tile_rows) {
     const int block = block_index();
-    const int warp = static_cast<int>(threadIdx.x) / 32;
     row_tile = block / tiling.column_tiles % tiling.row_tiles;
     group = block / tiling.column_tiles / tiling.row_tiles;
-    const int64_t row_in_group = static_cast<int64_t>(row_tile) * Sizes::kRows;
+    row_in_group = static_cast<int64_t>(row_tile) * tile_rows;
     first_row = group * tiling.rows + row_in_group;
-    rows = static_cast<int>(min(tiling.rows - row_in_group, int64_t{Sizes::kRows}));
+    rows = static_cast<int>(min(tiling.rows - row_in_group, int64_t{tile_rows}));
     first_column = block % tiling.column_tiles * tiling.columns;
     columns = min(features - first_column, tiling.columns);
+  }
+};
+
+// Where a warp's results are in it.
+template <class Sizes>
+struct PointwisePlace : PointwiseTile {
+  int warp_row, warp_column;
+  int warp_columns;  // fewer than the tiling's, or none, at the matrix's edge
+
+  EFFNET_DEVICE PointwisePlace(const StagedTiling& tiling, int features)
+      : PointwiseTile(tiling, features, Sizes::kRows) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
     warp_row = warp / Sizes::kWarpsAcross * Sizes::kWarpRows;
     warp_column = warp % Sizes::kWarpsAcross * tiling.warp_columns;
     warp_columns = min(columns - warp_column, tiling.warp_columns);
   }
 };
+
+// How many gates a block keeps, those of a tile's images from first_image on.
+EFFNET_DEVICE int kept_gate_count(const PointwiseInference& a, const PointwiseTiling& tiling,
+                                  int64_t first_image) {
+  const int64_t left = (a.batch - first_image) * a.in_channels;
+  return static_cast<int>(min(left, int64_t{tiling.gate_images} * a.in_channels));
+}
+
+// The end of kRows rows' 8 columns from first(row) on, of which `left` exist: y, the products, go
+// through BN and activation, and where exists(row) become outputs and are added to the sums.
+template <class T, int kRows, class Exists, class First>
+EFFNET_DEVICE void write_outputs(const PointwiseInference& a, bool vectors,
+                                 const Floats<kLaneColumns>& scale,
+                                 const Floats<kLaneColumns>& shift, int left, const Exists& exists,
+                                 const First& first,
+                                 const Vector<T, kLaneColumns> (&residual)[kRows],
+                                 Floats<kRows * kLaneColumns> y, Floats<kLaneColumns>& sums) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    set_slice(y, i, multiply_add(slice<kLaneColumns>(y, i), scale, shift));
+  }
+  y = activate<Math<T, kRows * kLaneColumns>>(a.activation, y);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (!exists(i)) continue;
+    Floats<kLaneColumns> out = slice<kLaneColumns>(y, i);
+    if (a.residual != nullptr) out = out + unpack<T, kLaneColumns>(residual[i]);
+    sums = sums + out;
+    store_some(static_cast<T*>(a.output) + first(i), out, left, vectors);
+  }
+}
+
+// total + the sums of lanes first, first + step ..., which lie 8 columns after each other.
+EFFNET_DEVICE float add_lanes(float total, const float* sums, int first, int end, int step) {
+  for (int l = first; l < end; l += step) total += sums[l * kLaneColumns];
+  return total;
+}
 
 // output[i, k] = activate(bn(sum_c z[i, c] * weight[k, c])) + residual[i, k],
 // pooled[group, row tile, k] = the sums of the tile's outputs before they are rounded, if not null,
@@ -102,7 +151,7 @@ struct PointwisePlace {
 template <class T, class Sizes>
 __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     pointwise_conv_kernel(const __grid_constant__ PointwiseInference a,
-                          const __grid_constant__ PointwiseTiling tiling, float* pooled) {
+                          const __grid_constant__ StagedTiling tiling, float* pooled) {
   constexpr int V = kTileVector<T>;
   constexpr int kTileX = Sizes::kRows * kTileRowBytes;
   const int channels = a.in_channels;
@@ -152,8 +201,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     if (chunk == 0 && tiling.gate_images > 0) {
       // While the first chunks are on their way.
       const float* const gates = static_cast<const float*>(a.gate) + first_image * channels;
-      const int64_t left = (a.batch - first_image) * channels;
-      const int count = static_cast<int>(min(left, int64_t{tiling.gate_images} * channels));
+      const int count = kept_gate_count(a, tiling, first_image);
       for (int i = threadIdx.x; i < count; i += Sizes::kThreads) kept_gates[i] = gates[i];
       __syncthreads();
     }
@@ -238,29 +286,24 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
         load_floats<kLaneColumns>(shifts + same.warp_column + column);
     for (int turn = 0; turn < kMostTurns; turn += kUnroll) {
       if (turn * row_lanes >= kFragmentRows) break;
+      const auto exists_at = [&](int i) { return exists(turn + i); };
+      const auto first_at = [&](int i) { return element(turn + i); };
       Vector<T, kLaneColumns> residual[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (a.residual != nullptr && exists_at(i)) {
+          residual[i] = load_some<kLaneColumns>(static_cast<const T*>(a.residual) + first_at(i),
+                                                left, tiling.output_vectors);
+        }
+      }
       Floats<kUnroll * kLaneColumns> y;
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        if (a.residual != nullptr && exists(turn + i)) {
-          residual[i] = load_some<kLaneColumns>(
-              static_cast<const T*>(a.residual) + element(turn + i), left, tiling.output_vectors);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
         const int row = min(lane / lanes + (turn + i) * row_lanes, kFragmentRows - 1);
-        set_slice(y, i, multiply_add(load_results(results, row, column), bn_scale, bn_shift));
+        set_slice(y, i, load_results(results, row, column));
       }
-      y = activate<Math<T, kUnroll * kLaneColumns>>(a.activation, y);
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (!exists(turn + i)) continue;
-        Floats<kLaneColumns> out = slice<kLaneColumns>(y, i);
-        if (a.residual != nullptr) out = out + unpack<T, kLaneColumns>(residual[i]);
-        sums = sums + out;
-        store_some(static_cast<T*>(a.output) + element(turn + i), out, left, tiling.output_vectors);
-      }
+      write_outputs<T>(a, tiling.output_vectors, bn_scale, bn_shift, left, exists_at, first_at,
+                       residual, y, sums);
     }
   }
   if (pooled == nullptr) return;
@@ -282,9 +325,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
                             (down * Sizes::kWarpsAcross + across) *
                                 (kWarpResultBytes / static_cast<int>(sizeof(float))) +
                             of_warp % kLaneColumns;
-    for (int l = of_warp / kLaneColumns; l < 32 / sum_lanes * sum_lanes; l += sum_lanes) {
-      total += of[l * kLaneColumns];
-    }
+    total = add_lanes(total, of, of_warp / kLaneColumns, 32 / sum_lanes * sum_lanes, sum_lanes);
   }
   pooled[(same.group * tiling.row_tiles + same.row_tile) * a.out_channels + same.first_column +
          threadIdx.x] = total;

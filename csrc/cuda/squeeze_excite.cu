@@ -64,16 +64,42 @@ void squeeze_excite_gate_out(Tensor pooled, int64_t pixels, Tensor reduce_weight
     using T = typename decltype(type)::type;
     constexpr int V = kGateVector<T>;
     const Device device(pooled);
-    const size_t bytes = a.squeezed * sizeof(float);
+    size_t bytes = a.squeezed * sizeof(float);
     STD_TORCH_CHECK(bytes <= static_cast<size_t>(device.shared_bytes(1)), kOp,
                     ": reduce_weight.size(0) must be at most ",
                     device.shared_bytes(1) / sizeof(float), " on this device, not ", a.squeezed);
-    GateTiling tiling;
+    GateTiling tiling{};
     tiling.reduce_vectors = allows_vectors(a.channels, V, {a.reduce_weight, a.pooled});
-    tiling.expand_vectors = allows_vectors(a.squeezed, V, {a.expand_weight});
+    tiling.expand_vector = V;
+    while (!allows_vectors(a.squeezed, tiling.expand_vector, {a.expand_weight},
+                           tiling.expand_vector * sizeof(T))) {
+      tiling.expand_vector /= 2;
+    }
     tiling.reduce_lanes = lanes_of_row(a.channels, tiling.reduce_vectors ? V : 1);
-    tiling.expand_lanes = lanes_of_row(a.squeezed, tiling.expand_vectors ? V : 1);
-    device.launch(squeeze_excite_gate_kernel<T>, a.batch, kGateThreads, bytes, a, tiling);
+    tiling.expand_lanes = lanes_of_row(a.squeezed, tiling.expand_vector);
+    // Where multiprocessors would be idle, so many blocks an image that each takes a row a thread.
+    const int64_t most = ceil_div(a.channels, kGateThreads / tiling.expand_lanes);
+    const int64_t idle = device.multiprocessors() / std::max<int64_t>(a.batch, 1);
+    tiling.parts = static_cast<int>(std::clamp<int64_t>(idle, 1, most));
+    // The rows of each begin at a multiple of 16 bytes.
+    tiling.rows = static_cast<int>(ceil_div(ceil_div(a.channels, tiling.parts), 8)) * 8;
+    tiling.parts = static_cast<int>(ceil_div(a.channels, tiling.rows));
+    constexpr size_t kMostKept = 48 * 1024;
+    const auto keep = [&](size_t more) {
+      const bool fits = bytes + more <= kMostKept;
+      if (fits) bytes += more;
+      return fits;
+    };
+    const int64_t row = int64_t{a.squeezed} * static_cast<int64_t>(sizeof(T));
+    if (a.channels < static_cast<int>(kMostKept) && a.squeezed < static_cast<int>(kMostKept)) {
+      bytes = GateTiling::aligned(a.squeezed) * sizeof(float);
+      tiling.kept = keep(tiling.kept_floats(a.channels, a.squeezed) * sizeof(float));
+      tiling.rows_kept = tiling.kept && a.channels * row % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(a.expand_weight) % 16 == 0 &&
+                         keep(tiling.rows * row);
+    }
+    device.launch(squeeze_excite_gate_kernel<T>, a.batch * tiling.parts, kGateThreads, bytes, a,
+                  tiling);
   });
 }
 

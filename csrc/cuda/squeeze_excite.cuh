@@ -3,6 +3,7 @@
 // cut into blocks by RowTiling with an image a group.
 #pragma once
 
+#include "mma.cuh"
 #include "rows.cuh"
 
 namespace effnet::cuda {
@@ -69,11 +70,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
       });
 }
 
-// One block an image: it takes both matrices from the L2 cache, which the images share.
+// A block takes one image and the matrices from the L2 cache, which the images share.
 constexpr int kGateThreads = 512;
-constexpr int kGateBlocks = 2;   // on a multiprocessor
-constexpr int kGateUnroll = 4;   // rows of a matrix that a thread has in flight
 constexpr int kGateLanes = 128;  // most across the columns where rows are added up
+
+// Forward: the rows of a matrix, and the loads of a row, that a thread has in flight.
+constexpr int kReduceRows = 3, kReduceLoads = 5;
+constexpr int kExpandRows = 8, kExpandLoads = 1;
+
+// Backward.
+constexpr int kGateBlocks = 2;  // on a multiprocessor
+constexpr int kGateUnroll = 4;  // rows of a matrix that a thread has in flight
 
 // Elements of a matrix's row in a 16-byte load.
 template <class T>
@@ -99,85 +106,170 @@ EFFNET_DEVICE float bias_value(const void* bias, int i) {
   return bias == nullptr ? 0.f : to_float(static_cast<const T*>(bias)[i]);
 }
 
+// The same for a load of as many elements as `vector` says, down to one.
+template <class T, int V = kGateVector<T>, class Body>
+EFFNET_DEVICE void for_gate_width(int vector, const Body& body) {
+  if constexpr (V > 1) {
+    if (vector < V) return for_gate_width<T, V / 2>(vector, body);
+  }
+  body(std::integral_constant<int, V>{});
+}
+
 // Calls result(row, sum over columns of matrix[row, column] * x[column]) for every row, in one
-// thread each. `lanes` neighbours in a warp, a power of two, share a row; each has four rows in
-// flight, so that x is read once for the four.
-template <class T, int V, class Result>
+// thread each. `lanes` neighbours in a warp, a power of two, share a row; each has kLoads loads of
+// kRows rows in flight, so that x is read once for all the rows. Once the first are on their way it
+// calls ready(), in all threads: x need not be there before. Not where there are no rows.
+template <class T, int V, int kRows, int kLoads, class Ready, class Result>
 EFFNET_DEVICE void multiply_rows(const T* matrix, int rows, int columns, int lanes, const float* x,
-                                 const Result& result) {
+                                 const Ready& ready, const Result& result) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const int group = static_cast<int>(threadIdx.x) / lanes;
   const int groups = static_cast<int>(blockDim.x) / lanes;
   // The same number of times in every thread: the lanes of a warp shuffle together.
 #pragma unroll 1
-  for (int first = 0; first < rows; first += kGateUnroll * groups) {
-    float sums[kGateUnroll] = {};
+  for (int first = 0; first < rows; first += kRows * groups) {
+    float sums[kRows] = {};
 #pragma unroll 1
-    for (int column = lane * V; column < columns; column += lanes * V) {
-      Vector<T, V> raw[kGateUnroll];
+    for (int base = 0; base < columns; base += kLoads * lanes * V) {
+      const auto column = [&](int load) { return base + (load * lanes + lane) * V; };
+      Vector<T, V> raw[kRows][kLoads];
 #pragma unroll
-      for (int i = 0; i < kGateUnroll; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         const int64_t row = first + group + i * groups;
-        if (row < rows) raw[i] = load_vector<V>(matrix + row * columns + column);
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          if (row < rows && column(j) < columns) {
+            raw[i][j] = load_vector<V>(matrix + row * columns + column(j));
+          }
+        }
       }
-      const Floats<V> values = load_floats<V>(x + column);
+      if (first == 0 && base == 0) ready();
 #pragma unroll
-      for (int i = 0; i < kGateUnroll; ++i) {
-        if (first + group + i * groups >= rows) continue;
-        const Floats<V> weights = unpack<T, V>(raw[i]);
+      for (int j = 0; j < kLoads; ++j) {
+        if (column(j) >= columns) break;
+        const Floats<V> values = load_floats<V>(x + column(j));
 #pragma unroll
-        for (int j = 0; j < V; ++j) sums[i] = fmaf(weights[j], values[j], sums[i]);
+        for (int i = 0; i < kRows; ++i) {
+          if (first + group + i * groups >= rows) break;
+          const Floats<V> weights = unpack<T, V>(raw[i][j]);
+#pragma unroll
+          for (int k = 0; k < V; ++k) sums[i] = fmaf(weights[k], values[k], sums[i]);
+        }
       }
     }
 #pragma unroll 1
     for (int half = lanes / 2; half > 0; half /= 2) {
 #pragma unroll
-      for (int i = 0; i < kGateUnroll; ++i) sums[i] += __shfl_xor_sync(0xffffffff, sums[i], half);
+      for (int i = 0; i < kRows; ++i) sums[i] += __shfl_xor_sync(0xffffffff, sums[i], half);
     }
     if (lane != 0) continue;
 #pragma unroll
-    for (int i = 0; i < kGateUnroll; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const int row = first + group + i * groups;
       if (row < rows) result(row, sums[i]);
     }
   }
 }
 
-// How the gate's matrices are read: whether in 16-byte loads, and by how many lanes a row.
+// How the gate's matrices are read: in 16-byte loads or not, in loads of how many elements, by how
+// many lanes a row. `parts` blocks take an image, each `rows` of the expansion and all of what
+// comes before it. Block index: part fastest, then image.
 struct GateTiling {
-  bool reduce_vectors, expand_vectors;
+  bool reduce_vectors;
+  int expand_vector;
   int reduce_lanes, expand_lanes;
+  int parts, rows;
+  bool kept;       // pooled and the biases are read to shared memory at once
+  bool rows_kept;  // and so are the rows of the expansion
+
+  // Of S floats, and of the others where they are kept, each a multiple of 16 bytes.
+  static __host__ __device__ constexpr int aligned(int floats) { return (floats + 3) / 4 * 4; }
+  __host__ __device__ constexpr int kept_floats(int channels, int squeezed) const {
+    return aligned(channels) + aligned(squeezed) + aligned(rows);
+  }
 };
 
 // hidden[n, s] = sum over c of reduce_weight[s, c] * pooled[n, c] / pixels + reduce_bias[s]
 // gate[n, c] = g(sum over s of expand_weight[c, s] * a(hidden[n, s]) + expand_bias[c])
-// Traffic: both matrices read by every block, from the L2 cache. Shared memory: a(hidden), S
-// floats.
+//
+// Where the block's memory has room for it, all that it reads is on its way from the beginning.
+// Traffic: reduce_weight read by every block, expand_weight by the blocks of every image, from the
+// L2 cache. Shared memory: a(hidden), S floats; pooled of the image, reduce_bias and expand_bias of
+// the part; the part's rows of expand_weight.
 template <class T>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
-    squeeze_excite_gate_kernel(SqueezeExciteGate a, GateTiling tiling) {
-  const int64_t n = blockIdx.x;
+__global__ void __launch_bounds__(kGateThreads)
+    squeeze_excite_gate_kernel(const __grid_constant__ SqueezeExciteGate a,
+                               const __grid_constant__ GateTiling tiling) {
+  const int part = static_cast<int>(blockIdx.x) % tiling.parts;
+  const int64_t n = static_cast<int>(blockIdx.x) / tiling.parts;
+  const int first = part * tiling.rows;
+  const int rows = min(a.channels - first, tiling.rows);
+  const int thread = static_cast<int>(threadIdx.x);
   float* const activated = shared_floats();
+  float* const kept_pooled = activated + GateTiling::aligned(a.squeezed);
+  float* const kept_reduce_bias = kept_pooled + GateTiling::aligned(a.channels);
+  float* const kept_expand_bias = kept_reduce_bias + GateTiling::aligned(a.squeezed);
+  float* const kept_rows = kept_expand_bias + GateTiling::aligned(tiling.rows);
+
+  const float* pooled = static_cast<const float*>(a.pooled) + n * a.channels;
+  const T* expand_weight = static_cast<const T*>(a.expand_weight) + int64_t{first} * a.squeezed;
+  const auto copy = [&](void* to, const void* from, int bytes) {
+    for (int i = thread * 16; i < bytes; i += kGateThreads * 16) {
+      copy_async(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 16);
+    }
+  };
+  const float* const given_pooled = pooled;
+  if (tiling.kept) {
+    if (tiling.reduce_vectors) {
+      copy(kept_pooled, pooled, a.channels * static_cast<int>(sizeof(float)));
+    }
+    pooled = kept_pooled;
+  }
+  if (tiling.rows_kept) {
+    copy(kept_rows, expand_weight, rows * a.squeezed * static_cast<int>(sizeof(T)));
+    expand_weight = reinterpret_cast<const T*>(kept_rows);
+  }
+  const auto bias = [&](const void* biases, const float* kept, int i, int from) {
+    return tiling.kept ? kept[i] : bias_value<T>(biases, from + i);
+  };
 
   float* const hidden = static_cast<float*>(a.hidden) + n * a.squeezed;
   const float pixels = static_cast<float>(a.pixels);
   for_gate_vector<T>(tiling.reduce_vectors, [&](auto vector) {
-    multiply_rows<T, decltype(vector)::value>(
-        static_cast<const T*>(a.reduce_weight), a.squeezed, a.channels, tiling.reduce_lanes,
-        static_cast<const float*>(a.pooled) + n * a.channels, [&](int s, float sum) {
-          const float x = sum / pixels + bias_value<T>(a.reduce_bias, s);
-          hidden[s] = x;
+    multiply_rows<T, decltype(vector)::value, kReduceRows, kReduceLoads>(
+        static_cast<const T*>(a.reduce_weight), a.squeezed, a.channels, tiling.reduce_lanes, pooled,
+        [&] {
+          if (tiling.kept) {
+            if (!tiling.reduce_vectors) {
+              for (int c = thread; c < a.channels; c += kGateThreads) {
+                kept_pooled[c] = given_pooled[c];
+              }
+            }
+            for (int s = thread; s < a.squeezed; s += kGateThreads) {
+              kept_reduce_bias[s] = bias_value<T>(a.reduce_bias, s);
+            }
+            for (int c = thread; c < rows; c += kGateThreads) {
+              kept_expand_bias[c] = bias_value<T>(a.expand_bias, first + c);
+            }
+          }
+          wait_for_copies();
+          __syncthreads();
+        },
+        [&](int s, float sum) {
+          const float x = sum / pixels + bias(a.reduce_bias, kept_reduce_bias, s, 0);
+          if (part == 0) hidden[s] = x;
           activated[s] = activate_one(a.activation, x);
         });
   });
   __syncthreads();
 
-  float* const gate = static_cast<float*>(a.gate) + n * a.channels;
-  for_gate_vector<T>(tiling.expand_vectors, [&](auto vector) {
-    multiply_rows<T, decltype(vector)::value>(
-        static_cast<const T*>(a.expand_weight), a.channels, a.squeezed, tiling.expand_lanes,
-        activated, [&](int c, float sum) {
-          gate[c] = activate_one(a.gate_activation, sum + bias_value<T>(a.expand_bias, c));
+  float* const gate = static_cast<float*>(a.gate) + n * a.channels + first;
+  for_gate_width<T>(tiling.expand_vector, [&](auto vector) {
+    multiply_rows<T, decltype(vector)::value, kExpandRows, kExpandLoads>(
+        expand_weight, rows, a.squeezed, tiling.expand_lanes, activated, [] {},
+        [&](int c, float sum) {
+          gate[c] = activate_one(a.gate_activation,
+                                 sum + bias(a.expand_bias, kept_expand_bias, c, first));
         });
   });
 }

@@ -104,6 +104,13 @@ EFFNET_DEVICE Vector<T, M> slice(const Vector<T, V>& x, int i) {
   return y;
 }
 
+template <class T, int M, int V>
+EFFNET_DEVICE void set_slice(Vector<T, V>& x, int i, const Vector<T, M>& y) {
+  constexpr int kWords = sizeof(Vector<T, M>) / sizeof(x.word[0]);
+#pragma unroll
+  for (int j = 0; j < kWords; ++j) x.word[i * kWords + j] = y.word[j];
+}
+
 // Loads through a pointer that must be aligned to the whole vector.
 template <int V, class T>
 EFFNET_DEVICE Vector<T, V> load_vector(const T* p) {
@@ -322,14 +329,22 @@ struct ChannelNorm {
   float mean, invstd, scale, bias;
 };
 
+// value(i, vector, absent): of the channel, in the i-th of the four vectors.
+template <class Value>
+EFFNET_DEVICE ChannelNorm norm_of(const BatchNorm& bn, const Value& value) {
+  ChannelNorm norm;
+  norm.mean = value(0, bn.mean, 0.f);
+  norm.invstd = 1.f / sqrtf(value(1, bn.var, 1.f) + static_cast<float>(bn.eps));
+  norm.scale = norm.invstd * value(2, bn.weight, 1.f);
+  norm.bias = value(3, bn.bias, 0.f);
+  return norm;
+}
+
 template <class T>
 EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
-  ChannelNorm norm;
-  norm.mean = channel_value<T>(bn.mean, channel, 0.f);
-  norm.invstd = 1.f / sqrtf(channel_value<T>(bn.var, channel, 1.f) + static_cast<float>(bn.eps));
-  norm.scale = norm.invstd * channel_value<T>(bn.weight, channel, 1.f);
-  norm.bias = channel_value<T>(bn.bias, channel, 0.f);
-  return norm;
+  return norm_of(bn, [&](int, const ChannelVector& vector, float absent) {
+    return channel_value<T>(vector, channel, absent);
+  });
 }
 
 // Shared memory, of the size that the launch gave. Kernels carve their arrays out of it; none is
