@@ -341,13 +341,15 @@ bool with_dense_tile(const DeviceLimits& device, const FusedMbconv& a, const Bod
         !aligned(a.residual)) {
       return false;
     }
-    // Up to 24 output channels, or 32, in each of one, two or four parts.
+    // Up to 24 output channels, or 32, in each of one, two or four parts. Then vectors of up to 16,
+    // 24, 32 and 40 input channels: 3 x 3 filters of two or three fragments take 36 to 92
+    // registers. The widest lines leave room for one block, which then has all the warps.
     const bool narrow = a.out_channels <= 24 || (a.out_channels > 32 && a.out_channels <= 48) ||
                         (a.out_channels > 64 && a.out_channels <= 96);
     return (narrow ? with_first_dense<T, DenseSizes<true, 2, 3, 4, 5>>(device, a, body)
                    : with_first_dense<T, DenseSizes<true, 2, 4, 4, 5>>(device, a, body)) ||
            with_first_dense<T, DenseSizes<false, 9, 2, 4, 5>, DenseSizes<false, 14, 3, 4, 3>,
-                            DenseSizes<false, 18, 2, 6, 2>, DenseSizes<false, 23, 2, 4, 3>>(
+                            DenseSizes<false, 18, 2, 12, 1>, DenseSizes<false, 23, 2, 12, 1>>(
                device, a, body);
   } else {
     return false;
