@@ -122,23 +122,15 @@ __global__ void __launch_bounds__(kExpandThreads, (ExpandSizes<T, K, S>::kBlocks
   const int columns = max(min(window_w + (tile_w - 1) * S + K, shape.in_w) - first_w, 0);
   const int products = images * rows * columns;
 
-  if (static_cast<int>(threadIdx.x) < tiling.channels) {
-    const int channel = first_channel + static_cast<int>(threadIdx.x);
-    ChannelNorm expand{}, norm{};
-    if (channel < shape.channels) {
-      expand = channel_norm<T>(a.expand_bn, channel);
-      norm = channel_norm<T>(a.bn, channel);
-    }
-    float* const constant = constants + threadIdx.x;
-    constant[0] = expand.scale;
-    constant[Sizes::kChannels] = expand.bias - expand.mean * expand.scale;
-    constant[2 * Sizes::kChannels] = norm.scale;
-    constant[3 * Sizes::kChannels] = norm.bias - norm.mean * norm.scale;
-  }
+  // What comes from memory is on its way while the tile's pixels are found.
+  constexpr int kTaps = (Sizes::kChannels * K * K + kExpandThreads - 1) / kExpandThreads;
+  T taps[kTaps];
   {
     const T* const from = static_cast<const T*>(a.weight) + int64_t{first_channel} * K * K;
-    for (int i = threadIdx.x; i < channels * K * K; i += kExpandThreads) {
-      weights[i % (K * K) * Sizes::kChannels + i / (K * K)] = from[i];
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      const int i = static_cast<int>(threadIdx.x) + j * kExpandThreads;
+      if (i < channels * K * K) taps[j] = from[i];
     }
   }
   const int expanded = images * tiling.expanded_h * tiling.expanded_w;
@@ -155,6 +147,26 @@ __global__ void __launch_bounds__(kExpandThreads, (ExpandSizes<T, K, S>::kBlocks
     for (int v = 0; v < kTileVectors; ++v) {
       *reinterpret_cast<int4*>(tile + i * kExpandedPitch + v * 16) = int4{0, 0, 0, 0};
     }
+  }
+  if (warp < Sizes::kChannels / kNormChannels) {
+    const int of_block = warp * kNormChannels + lane % kNormChannels;
+    const int channel = first_channel + min(of_block, channels - 1);
+    const float expand_value = lane_norm_value<T>(a.expand_bn, channel);
+    const float value = lane_norm_value<T>(a.bn, channel);
+    const ChannelNorm expand = lanes_norm(a.expand_bn, expand_value);
+    const ChannelNorm norm = lanes_norm(a.bn, value);
+    if (lane < kNormChannels) {
+      float* const constant = constants + of_block;
+      constant[0] = expand.scale;
+      constant[Sizes::kChannels] = expand.bias - expand.mean * expand.scale;
+      constant[2 * Sizes::kChannels] = norm.scale;
+      constant[3 * Sizes::kChannels] = norm.bias - norm.mean * norm.scale;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kExpandThreads;
+    if (i < channels * K * K) weights[i % (K * K) * Sizes::kChannels + i / (K * K)] = taps[j];
   }
   __syncthreads();
 

@@ -43,8 +43,6 @@ ExpandTiling expand_tiling(const Device& device, const ExpandDepthwise& a, int r
   ExpandTiling best{};
   double least = 0.;
   ExpandTiling t{};
-  t.channel_blocks = static_cast<int>(ceil_div(s.channels, Sizes::kChannels));
-  t.channels = static_cast<int>(ceil_div(ceil_div(s.channels, t.channel_blocks), 16)) * 16;
   // Along one axis: tiles, patches, pixels that the windows take, pixels of these that exist.
   struct Axis {
     int tiles, patches, expanded, pixels;
@@ -55,44 +53,52 @@ ExpandTiling expand_tiling(const Device& device, const ExpandDepthwise& a, int r
                 std::min((std::min(tile, out) - 1) * S + K, in)};
   };
   constexpr int kUnit = 4, kMostTile = 32, kMostImages = 8;
-  for (t.tile_h = kUnit; t.tile_h <= kMostTile; t.tile_h += kUnit) {
-    const Axis down = axis(t.tile_h, Sizes::kPatchH, s.out_h, s.in_h);
-    t.tiles_h = down.tiles;
-    t.patches_h = down.patches;
-    t.expanded_h = down.expanded;
-    for (t.tile_w = kUnit; t.tile_w <= kMostTile; t.tile_w += kUnit) {
-      const Axis across = axis(t.tile_w, kPatchW, s.out_w, s.in_w);
-      t.tiles_w = across.tiles;
-      t.patches_w = across.patches;
-      t.expanded_w = across.expanded;
-      const bool several = t.tiles_h * t.tiles_w == 1 && s.in_h <= kMostPixelRows / kMostImages;
-      for (t.images = 1; t.images <= (several ? kMostImages : 1); ++t.images) {
-        const int products = t.images * down.pixels * across.pixels;
-        const int passes = static_cast<int>(ceil_div(products, kPassRows));
-        t.stages = std::min(passes * chunks, 2);
-        if (!fill_layout<Sizes>(t, chunks, products, most)) break;
-        // In instructions of a warp: 46 for a step of the products and its copies, 50 for a chunk's
-        // barrier, 4.5 for each channel of a pass; the multiply-adds of a patch, 3 for each word of
-        // its window, 12 for each of its outputs; 700 for a block.
-        constexpr int kOutputs = Sizes::kPatchH * kPatchW * Sizes::kLaneChannels;
-        constexpr int kWindow = Sizes::kRows * Sizes::kCols;
-        const double turns = ceil_div(t.images * t.patches_h * t.patches_w, kExpandWarps);
-        const double block = passes * (46. * steps + 50. * chunks + 4.5 * t.channels) +
-                             turns * (K * K * kOutputs + 3 * kWindow + 12 * kOutputs) + 700.;
-        const int64_t blocks =
-            ceil_div(s.batch, t.images) * t.tiles_h * t.tiles_w * t.channel_blocks;
-        const double cost = static_cast<double>(ceil_div(blocks, wave)) * block;
-        if (best.stages == 0 || cost < least) {
-          least = cost;
-          best = t;
-          // More stages where they cost nothing.
-          best.stages = std::min(passes * chunks, kExpandStages);
-          if (!fill_layout<Sizes>(best, chunks, products, most)) best = t;
+  // All channels that a block has room for, or fewer where multiprocessors would be idle.
+  constexpr int kFewestChannels = 16;
+  for (int share = Sizes::kChannels; share >= kFewestChannels; share /= 2) {
+    t.channel_blocks = static_cast<int>(ceil_div(s.channels, share));
+    t.channels = static_cast<int>(ceil_div(ceil_div(s.channels, t.channel_blocks), 16)) * 16;
+    for (t.tile_h = kUnit; t.tile_h <= kMostTile; t.tile_h += kUnit) {
+      const Axis down = axis(t.tile_h, Sizes::kPatchH, s.out_h, s.in_h);
+      t.tiles_h = down.tiles;
+      t.patches_h = down.patches;
+      t.expanded_h = down.expanded;
+      for (t.tile_w = kUnit; t.tile_w <= kMostTile; t.tile_w += kUnit) {
+        const Axis across = axis(t.tile_w, kPatchW, s.out_w, s.in_w);
+        t.tiles_w = across.tiles;
+        t.patches_w = across.patches;
+        t.expanded_w = across.expanded;
+        const bool several = t.tiles_h * t.tiles_w == 1 && s.in_h <= kMostPixelRows / kMostImages;
+        for (t.images = 1; t.images <= (several ? kMostImages : 1); ++t.images) {
+          const int products = t.images * down.pixels * across.pixels;
+          const int passes = static_cast<int>(ceil_div(products, kPassRows));
+          t.stages = std::min(passes * chunks, 2);
+          if (!fill_layout<Sizes>(t, chunks, products, most)) break;
+          // In instructions of a warp: 14 for a step of the products and its copies and 32 for all
+          // of its columns, 50 for a chunk's barrier, 4.5 for each channel of a pass; the
+          // multiply-adds of a patch, 3 for each word of its window, 12 for each of its outputs;
+          // 700 for a block.
+          constexpr int kOutputs = Sizes::kPatchH * kPatchW * Sizes::kLaneChannels;
+          constexpr int kWindow = Sizes::kRows * Sizes::kCols;
+          const double turns = ceil_div(t.images * t.patches_h * t.patches_w, kExpandWarps);
+          const double step = 14. + 32. * t.channels / Sizes::kChannels;
+          const double block = passes * (step * steps + 50. * chunks + 4.5 * t.channels) +
+                               turns * (K * K * kOutputs + 3 * kWindow + 12 * kOutputs) + 700.;
+          const int64_t blocks =
+              ceil_div(s.batch, t.images) * t.tiles_h * t.tiles_w * t.channel_blocks;
+          const double cost = static_cast<double>(ceil_div(blocks, wave)) * block;
+          if (best.stages == 0 || cost < least) {
+            least = cost;
+            best = t;
+            // More stages where they cost nothing.
+            best.stages = std::min(passes * chunks, kExpandStages);
+            if (!fill_layout<Sizes>(best, chunks, products, most)) best = t;
+          }
         }
+        if (across.tiles == 1) break;
       }
-      if (across.tiles == 1) break;
+      if (down.tiles == 1) break;
     }
-    if (down.tiles == 1) break;
   }
   return best;
 }

@@ -43,7 +43,8 @@ struct SplitSizes {
   static constexpr int kTurns = kWarps * kFragmentRows / kRowLanes;
   static constexpr int kResultBytes = kWarps * kWarpResultBytes;
   static constexpr int kConstantBytes = 2 * kColumns * static_cast<int>(sizeof(float));
-  static_assert(1 << kMostLogParts == kWarps && kTurns > 0 && kColumns <= kResultColumns);
+  static_assert(1 << kMostLogParts == kWarps && kTurns > 0 && kColumns <= kResultColumns &&
+                kLaneColumns == kNormChannels);
 
   static constexpr int rows(int log_parts) { return kFragmentRows * (kWarps >> log_parts); }
   // Of the residual, the vectors of a thread; of all.
@@ -190,20 +191,11 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
       gates = kept_gates;
     }
   }
-  // A warp takes the four vectors of eight columns, a value a lane.
   if (warp < Sizes::kLanes) {
-    const int column = warp * kLaneColumns + lane % kLaneColumns;
-    const int i = lane / kLaneColumns;
-    const ChannelVector& vector = i == 0   ? a.bn.mean
-                                  : i == 1 ? a.bn.var
-                                  : i == 2 ? a.bn.weight
-                                           : a.bn.bias;
-    const float mine = channel_value<T>(vector, tile.first_column + min(column, tile.columns - 1),
-                                        i == 1 || i == 2 ? 1.f : 0.f);
-    const ChannelNorm norm = norm_of(a.bn, [&](int of, const ChannelVector&, float) {
-      return __shfl_sync(0xffffffff, mine, of * kLaneColumns + lane % kLaneColumns);
-    });
-    if (i == 0) {
+    const int column = warp * kNormChannels + lane % kNormChannels;
+    const ChannelNorm norm = lanes_norm(
+        a.bn, lane_norm_value<T>(a.bn, tile.first_column + min(column, tile.columns - 1)));
+    if (lane < kNormChannels) {
       scales[column] = norm.scale;
       shifts[column] = norm.bias - norm.mean * norm.scale;
     }

@@ -347,6 +347,24 @@ EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
   });
 }
 
+// The norms of eight channels by a warp, which loads the four vectors at once, a value a lane: a
+// thread would wait for each. lane_norm_value: the lane's, of channel lane % 8, which must exist.
+constexpr int kNormChannels = 8;
+
+template <class T>
+EFFNET_DEVICE float lane_norm_value(const BatchNorm& bn, int channel) {
+  const int i = static_cast<int>(threadIdx.x) % 32 / kNormChannels;
+  const ChannelVector& vector = i == 0 ? bn.mean : i == 1 ? bn.var : i == 2 ? bn.weight : bn.bias;
+  return channel_value<T>(vector, channel, i == 1 || i == 2 ? 1.f : 0.f);
+}
+
+EFFNET_DEVICE ChannelNorm lanes_norm(const BatchNorm& bn, float lane_value) {
+  const int channel = static_cast<int>(threadIdx.x) % kNormChannels;
+  return norm_of(bn, [&](int i, const ChannelVector&, float) {
+    return __shfl_sync(0xffffffff, lane_value, i * kNormChannels + channel);
+  });
+}
+
 // Shared memory, of the size that the launch gave. Kernels carve their arrays out of it; none is
 // declared with a fixed size, so that launches alone decide what a block takes.
 alignas(128) extern __shared__ float4 dynamic_shared_memory[];

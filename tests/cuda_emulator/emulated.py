@@ -380,6 +380,33 @@ def test_pointwise_shapes(case: PointwiseCase, dtype: torch.dtype, multiprocesso
     check_pointwise(case, dtype, "cpu")
 
 
+# Few pixels, whose channels the warps of a block split: whole images and parts of several in a tile,
+# a single pixel an image, fewer steps than warps, no number of steps that all have alike, features
+# of several tiles and less than one.
+FEW_PIXELS = [
+    PointwiseCase(1, 672, 40, 7, 7, "identity", gate=True, residual=True),
+    PointwiseCase(3, 360, 24, 5, 3, "identity", gate=True, residual=True, pool=True),
+    PointwiseCase(20, 136, 72, 1, 1, gate=True),
+    PointwiseCase(3, 96, 16, 23, 29, "relu6", gate=True, residual=True),
+    PointwiseCase(2, 16, 200, 9, 9, "hardswish", residual=True, pool=True),
+    PointwiseCase(1, 8, 8, 1, 1, residual=True),
+    PointwiseCase(3, 117, 35, 5, 4, "identity", gate=True, residual=True, pool=True),
+    PointwiseCase(1, 40, 21, 11, 13, gate=True),
+    PointwiseCase(4, 1200, 24, 2, 2, gate=True, residual=True),  # gates beyond a block's memory
+]
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 40, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FEW_PIXELS, ids=str)
+def test_pointwise_few_pixels(
+    case: PointwiseCase, dtype: torch.dtype, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More multiprocessors, and fewer warps share channels or fewer features are in a tile."""
+    monkeypatch.setenv("CUDA_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
+    check_pointwise(case, dtype, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pointwise_small_shared_memory(
     dtype: torch.dtype, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
@@ -392,9 +419,10 @@ def test_pointwise_small_shared_memory(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["input", "weight", "gate", "residual"])
-def test_pointwise_unaligned(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("prologue", [None, "silu"])
+def test_pointwise_unaligned(name: str, prologue: str | None, dtype: torch.dtype) -> None:
     """A tensor that begins between two 16-byte boundaries changes no bit."""
-    case = PointwiseCase(2, 72, 40, 9, 6, prologue="silu", gate=True, residual=True, pool=True)
+    case = PointwiseCase(2, 72, 40, 9, 6, prologue=prologue, gate=True, residual=True, pool=True)
     arguments = make_pointwise_arguments(case, dtype, "cpu")
     arguments["weight"] = arguments["weight"].flatten(1)
     aligned = run_pointwise(arguments, "cpu")
