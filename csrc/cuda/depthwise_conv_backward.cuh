@@ -22,6 +22,7 @@
 
 #include "depthwise_conv_forward.cuh"
 #include "depthwise_ring.cuh"
+#include "rows.cuh"
 
 namespace effnet::cuda {
 
@@ -85,10 +86,13 @@ template <class Sizes, class Row, int N>
 EFFNET_DEVICE void multiply_tap_row(Floats<N>& grad, Floats<Sizes::K * Sizes::L>& grad_taps,
                                     const Floats<N>& x, const typename Sizes::T* filter,
                                     const Row& row) {
+  using T = typename Sizes::T;
   constexpr int K = Sizes::K, L = Sizes::L;
   Floats<L> w[K];
 #pragma unroll
-  for (int j = 0; j < K; ++j) w[j] = load<L>(filter + j * Sizes::kBlockChannels);
+  for (int j = 0; j < K; ++j) {
+    w[j] = unpack_halves<T, L>(load_vector<L>(filter + j * Sizes::kBlockChannels));
+  }
 #pragma unroll
   for (int d = 0; d < Sizes::kColumns; ++d) {
     const Floats<L> z = row(d);
@@ -263,10 +267,11 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
 
     const auto constant = [&](int i) { return load<L>(constants + i * kBlockChannels + lane * L); };
 
+    const auto ring_row = [&](int step) { return ring + step % kOlder * kColumns * kThreads * L; };
+
     load_pooled(0);
     load_conv_ahead(step);
     load_input_ahead(step);
-    int slot = 0;  // of the ring: the oldest row, which this step's replaces
 #pragma unroll 1
     for (int image = 0; image < images;) {
       const int o = first_o + step;
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         Floats<kColumns * L> z, u;
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> zero_mean = unpack<T, L>(ahead_conv[d * kThreads]) - mean;
+          const Floats<L> zero_mean = unpack_halves<T, L>(ahead_conv[d * kThreads]) - mean;
           set_slice(z, d, zero_mean);
           set_slice(u, d, multiply_add(zero_mean, scale, bias));
         }
@@ -286,7 +291,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         const Floats<L> mean_du = constant(3), slope = constant(4);
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> du = (unpack<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
+          const Floats<L> du = (unpack_halves<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
           set_slice(dz, d, scale * (du - mean_du - slice<L>(z, d) * slope));
         }
         if (columns != kAllColumns) {
@@ -299,16 +304,17 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
       }
 
       // The next step's rows come while this one's are multiplied.
-      const int next_step = step + 1 == end_step ? first_step : step + 1;
-      const int next_image = image + (next_step == first_step);
-      out += out_row();
-      if (next_step == first_step) out += (shape.out_h - (end_step - first_step)) * out_row();
-      if (next_image < images) {
-        load_conv_ahead(next_step);
-        if (next_image > image) load_pooled(next_image);
-        wait_for_copy_groups<1>();
-      } else {
-        wait_for_copies();
+      {
+        const bool ends = step + 1 == end_step;
+        out += out_row();
+        if (ends) out += (shape.out_h - (end_step - first_step)) * out_row();
+        if (!ends || image + 1 < images) {
+          load_conv_ahead(ends ? first_step : step + 1);
+          if (ends) load_pooled(image + 1);
+          wait_for_copy_groups<1>();
+        } else {
+          wait_for_copies();
+        }
       }
 
 #pragma unroll
@@ -322,15 +328,14 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         };
         const auto multiply_older = [&](int k) {
           if (!input_exists || !conv_row_exists(o - k)) return;
-          const int older = slot - k + (slot < k ? kOlder : 0);
-          const float* const row = ring + older * kColumns * kThreads * L;
+          const float* const row = ring_row(step + kOlder - k);
           multiply(k, [&](int d) { return load<L>(row + d * kThreads * L); });
         };
 
         if (input_exists) {
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
-            set_slice(x, p, unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
+            set_slice(x, p, unpack_halves<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
           }
           if (has_prologue) {
             const Floats<L> scale = constant(5), shift = constant(6);
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         // The oldest row first: this step's takes its place.
         if (kOlder * S + s < K) multiply_older(kOlder);
         if (s == 0 && conv_exists) {
-          float* const row = ring + slot * kColumns * kThreads * L;
+          float* const row = ring_row(step);
 #pragma unroll
           for (int d = 0; d < kColumns; ++d) store(row + d * kThreads * L, slice<L>(dz, d));
         }
@@ -370,7 +375,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
             const Floats<L> y = slice<L>(grad, p);
-            const Floats<L> z = unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
+            const Floats<L> z = unpack_halves<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
             row_scale = multiply_add(y, z, row_scale);
             row_shift = row_shift + y;
             set_slice(grad, p, y * scale);
@@ -396,11 +401,12 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         }
       }
       in += S * in_row();
-      if (next_step == first_step) in += (shape.in_h - (end_step - first_step) * S) * in_row();
-      if (next_image < images) load_input_ahead(next_step);
-      step = next_step;
-      image = next_image;
-      slot = slot + 1 == kOlder ? 0 : slot + 1;
+      if (++step == end_step) {
+        in += (shape.in_h - (end_step - first_step) * S) * in_row();
+        step = first_step;
+        ++image;
+      }
+      if (image < images) load_input_ahead(step);
     }
   }
 

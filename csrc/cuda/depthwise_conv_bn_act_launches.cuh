@@ -23,7 +23,12 @@ struct StripWork {
   int lanes, rows, strips;  // of an image
   int overlap;              // rows that a segment costs beyond its own
   int threads;              // of a block at most
-  int warps;                // on a multiprocessor
+  // On a multiprocessor at most: registers limit the warps, shared memory the blocks.
+  int warps, blocks;
+
+  int resident_blocks(int block_threads) const {
+    return std::min(blocks, warps / static_cast<int>(ceil_div(block_threads, 32)));
+  }
 };
 
 // Cuts it into blocks. Large batches: a unit goes through several images, which spares filters and
@@ -53,8 +58,7 @@ inline StripTiling strip_tiling(const Device& device, const StripWork& w) {
     }
   }
 
-  const int64_t wave =
-      int64_t{device.multiprocessors()} * (w.warps / ceil_div(t.lanes * t.units, 32));
+  const int64_t wave = int64_t{device.multiprocessors()} * w.resident_blocks(t.lanes * t.units);
   const int64_t least_images = ceil_div(most_units, int64_t{1} << 30);
   // In rows: what a block does once costs as much as kOnce of them.
   constexpr int kOnce = 6, kLeastRows = 4;
@@ -62,12 +66,14 @@ inline StripTiling strip_tiling(const Device& device, const StripWork& w) {
   for (int wanted = 1; wanted <= ceil_div(w.rows, kLeastRows); wanted *= 2) {
     const int rows = static_cast<int>(ceil_div(w.rows, wanted));
     const int segments = static_cast<int>(ceil_div(w.rows, rows));
-    for (int64_t images = least_images; images < 2 * w.batch || images == least_images;
-         images *= 2) {
+    // For `waves` of blocks that fill the device.
+    const int64_t per_image = int64_t{segments} * t.channel_blocks;
+    for (int waves = 1; waves <= 8; ++waves) {
+      const int64_t images =
+          std::max(least_images, ceil_div(ceil_div(most_units, t.units) * per_image, wave * waves));
       const int64_t unit_blocks = ceil_div(ceil_div(w.batch, images) * t.strips, t.units);
-      const int64_t blocks = unit_blocks * segments * t.channel_blocks;
-      const double time =
-          static_cast<double>(ceil_div(blocks, wave)) * (images * (rows + w.overlap) + kOnce);
+      const double time = static_cast<double>(ceil_div(unit_blocks * per_image, wave)) *
+                          (images * (rows + w.overlap) + kOnce);
       if (t.segments == 0 || time < shortest) {
         shortest = time;
         t.segment_rows = rows;
@@ -75,7 +81,6 @@ inline StripTiling strip_tiling(const Device& device, const StripWork& w) {
         t.images = static_cast<int>(images);
         t.unit_blocks = static_cast<int>(unit_blocks);
       }
-      if (blocks <= wave) break;
     }
   }
   return t;
@@ -89,7 +94,7 @@ struct Forward {
     return strip_tiling(device,
                         {s.batch, static_cast<int>(ceil_div(s.channels, L)), s.out_h,
                          static_cast<int>(ceil_div(s.out_w, Sizes::kStrip)), Sizes::kUnderWay,
-                         kStripThreads, kStripBlocks<K, S> * kStripThreads / 32});
+                         kStripThreads, kStripBlocks<K, S> * kStripThreads / 32, 32});
   }
 
   static void launch(const Device& device, const ForwardArguments<T>& f, bool training) {
@@ -113,17 +118,18 @@ struct Backward {
   static constexpr int kTaps = K * K;
 
   static StripTiling tiling(const Device& device, const ConvShape& s) {
-    int blocks = Sizes::kBlocks;
+    int blocks = 32;
     while (blocks > 1 && device.shared_bytes(blocks) < static_cast<int>(Sizes::kSharedBytes)) {
       --blocks;
     }
+    // A segment's first kOlder steps have grad_conv alone, and cost half.
     const int height = s.in_h + s.pad_top - first_padded(s.pad_top, S);
     const int width = s.in_w + s.pad_left - first_padded(s.pad_left, S);
     return strip_tiling(
         device,
         {s.batch, static_cast<int>(ceil_div(s.channels, L)), static_cast<int>(ceil_div(height, S)),
-         static_cast<int>(ceil_div(width, Sizes::kStrip)), Sizes::kOlder, Sizes::kThreads,
-         blocks * static_cast<int>(ceil_div(Sizes::kThreads, 32))});
+         static_cast<int>(ceil_div(width, Sizes::kStrip)), (Sizes::kOlder + 1) / 2, Sizes::kThreads,
+         Sizes::kBlocks * static_cast<int>(ceil_div(Sizes::kThreads, 32)), blocks});
   }
 
   static void launch(const Device& device, const BackwardArguments<T>& b) {

@@ -19,14 +19,7 @@ EFFNET_DEVICE void copy_ahead(Vector<T, L>* shared, const T* global, bool exists
     if (exists) raw = load_vector<L>(global);
     *shared = raw;
   } else {
-#if defined(EFFNET_CUDA_EMULATOR)
-    cuda_emulator::cp_async(shared, global, exists ? kBytes : 0, kBytes);
-#else
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global),
-                 "n"(kBytes), "r"(exists ? kBytes : 0)
-                 : "memory");
-#endif
+    copy_async<kBytes>(shared, global, exists ? kBytes : 0);
   }
 }
 

@@ -66,30 +66,6 @@ EFFNET_DEVICE void multiply_matrices(float (&d)[4], uint32_t a0, uint32_t a1, ui
 #endif
 }
 
-// The same with half the depth: a 16 x 8 (a0, a1), b 8 x 8 (b0).
-template <class T>
-EFFNET_DEVICE void multiply_matrices(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-#if defined(EFFNET_CUDA_EMULATOR)
-  const uint32_t a[2] = {a0, a1}, b[1] = {b0};
-  cuda_emulator::mma_m16n8k8(d, a, b, kBfloat16);
-#else
-  if constexpr (kBfloat16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b0));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b0));
-  }
-#endif
-}
-
 // x to the 11 bits of TF32's significand, to nearest. Infinities and NaN stay what they are.
 EFFNET_DEVICE uint32_t round_to_tf32(float x) {
 #if defined(EFFNET_CUDA_EMULATOR)
@@ -115,18 +91,6 @@ EFFNET_DEVICE void multiply_matrices_tf32(float (&d)[4], const uint32_t (&a)[4],
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
-}
-
-// a & b, computed anew wherever it stands: an ordinary one would be moved out of loops, and hold a
-// register through all of them.
-EFFNET_DEVICE uint32_t bitwise_and(uint32_t a, uint32_t b) {
-#if defined(EFFNET_CUDA_EMULATOR)
-  return a & b;
-#else
-  uint32_t c;
-  asm volatile("and.b32 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
 #endif
 }
 
@@ -209,22 +173,6 @@ EFFNET_DEVICE void wait_for_copy_groups() {
   cuda_emulator::cp_async_wait_group(kPending);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
-// The lower (upper) halves of two words, the first's in the lower half.
-EFFNET_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
-#if defined(EFFNET_CUDA_EMULATOR)
-  return (first & 0xffffu) | (second << 16);
-#else
-  return __byte_perm(first, second, 0x5410);
-#endif
-}
-EFFNET_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
-#if defined(EFFNET_CUDA_EMULATOR)
-  return (first >> 16) | (second & 0xffff0000u);
-#else
-  return __byte_perm(first, second, 0x7632);
 #endif
 }
 

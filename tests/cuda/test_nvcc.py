@@ -44,7 +44,7 @@ ONE_ARCHITECTURE = {
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 # Bytes of spill stores, by the start of a kernel's name.
-AT_THE_LIMIT = {"depthwise_conv_mma_": 64, "depthwise_conv_kernel": 200}
+AT_THE_LIMIT = {"depthwise_conv_backward_kernel": 64, "depthwise_conv_kernel": 200}
 
 # The tensor-core instruction of kernels, by the source's and the start of the kernels' names.
 FUSED = ("fused_mbconv_kernel", "dense_conv_kernel")
