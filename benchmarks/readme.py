@@ -174,7 +174,9 @@ timed: ONNX Runtime's look out for its next call for a while, on the other's pro
 - **our best** is the fastest of {ours}.
 - **best peer** is the fastest of what else ran beside it, as listed, and is neither wrong nor
   failed. **ratio** is its time over our best's: above 1 ours is faster. **goal** is what we mean
-  the ratio to be on two cores.
+  the ratio to be on two cores, or on an H200.
+- **memory** is our best's peak over the best peer's, of what PyTorch's allocator holds beyond what it
+  held before the call; `-` where one has memory of its own.
 - `wrong`: the error is above the rule, twice that of `eager` (three times for gradients); such a
   row has no time. `failed`: the contender did not run, for the reason given.
 
@@ -211,6 +213,12 @@ What profiles of a model alone say, on two cores that others share; the figures 
 """
 
 
+_GPU_GOALS = {
+    ("inference", "bfloat16"): {"efficientnet_b0": 2.5},
+    ("training", "bfloat16"): {"efficientnet_b0": 1.5, "efficientnetv2_s": 1.5},
+}
+"""Of the ratio to the best peer on a GPU, at batches that fill it."""
+_FILLING_BATCH = 64
 _GOALS = {
     ("inference", "float32"): {
         "efficientnet_b0": 1.4,
@@ -236,10 +244,18 @@ _GOALS = {
 
 def _goal(run: Results, row: Row) -> str:
     """What the ratio should be, as a cell."""
-    if run.environment["device_type"] != "cpu":
-        return "-"
-    goal = _GOALS.get((row.mode, row.dtype), {}).get(row.model)
+    goals = _GOALS
+    if run.environment["device_type"] == "cuda":
+        goals = _GPU_GOALS if row.batch >= _FILLING_BATCH else {}
+    goal = goals.get((row.mode, row.dtype), {}).get(row.model)
     return "-" if goal is None else f"{goal:.1f}"
+
+
+def _memory(ours: Row | None, theirs: Row | None) -> str:
+    """Our peak memory over the peer's, as a cell."""
+    if ours is None or theirs is None or not (ours.peak_memory and theirs.peak_memory):
+        return "-"
+    return f"{ours.peak_memory / theirs.peak_memory:.2f}"
 
 
 def _figure(value: float) -> str:
@@ -283,8 +299,8 @@ def performance(directory: Path) -> str:
             continue
         summary = [
             _line(["model", "how", "our best", "ms", "images/s", "best peer", "ms", "images/s",
-                   "ratio", "goal", "of GEMM"]),
-            "|---|---|---|--:|--:|---|--:|--:|--:|--:|--:|",
+                   "ratio", "goal", "memory", "of GEMM"]),
+            "|---|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         details = [
             _line(["model", "how", "contender", "ms", "images/s", "over eager", "of GEMM",
@@ -307,8 +323,10 @@ def performance(directory: Path) -> str:
                 ratio = "-"
                 if ours is not None and theirs is not None:
                     ratio = f"{_seconds(theirs) / _seconds(ours):.2f}"
-                goal = _goal(run, rows[0])
-                summary.append(_line([*cells, ratio, goal, matmul_share(run, ours)]))
+                summary.append(
+                    _line([*cells, ratio, _goal(run, rows[0]), _memory(ours, theirs),
+                           matmul_share(run, ours)])
+                )  # fmt: skip
         parts += [f"## {runs[0].environment['device']}", ""]
         parts += [f"- {_described(run)}" for run in runs]
         parts += ["", *summary, "", *details, ""]
