@@ -151,10 +151,10 @@ __global__ void __launch_bounds__(kExpandThreads, (ExpandSizes<T, K, S>::kBlocks
   if (warp < Sizes::kChannels / kNormChannels) {
     const int of_block = warp * kNormChannels + lane % kNormChannels;
     const int channel = first_channel + min(of_block, channels - 1);
-    const float expand_value = lane_norm_value<T>(a.expand_bn, channel);
-    const float value = lane_norm_value<T>(a.bn, channel);
-    const ChannelNorm expand = lanes_norm(a.expand_bn, expand_value);
-    const ChannelNorm norm = lanes_norm(a.bn, value);
+    const float expand_value = lane_norm_value<T>(a.expand_bn, lane, channel);
+    const float value = lane_norm_value<T>(a.bn, lane, channel);
+    const ChannelNorm expand = lanes_norm(a.expand_bn, lane, expand_value);
+    const ChannelNorm norm = lanes_norm(a.bn, lane, value);
     if (lane < kNormChannels) {
       float* const constant = constants + of_block;
       constant[0] = expand.scale;

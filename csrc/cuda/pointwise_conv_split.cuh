@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
   if (warp < Sizes::kLanes) {
     const int column = warp * kNormChannels + lane % kNormChannels;
     const ChannelNorm norm = lanes_norm(
-        a.bn, lane_norm_value<T>(a.bn, tile.first_column + min(column, tile.columns - 1)));
+        a.bn, lane,
+        lane_norm_value<T>(a.bn, lane, tile.first_column + min(column, tile.columns - 1)));
     if (lane < kNormChannels) {
       scales[column] = norm.scale;
       shifts[column] = norm.bias - norm.mean * norm.scale;
@@ -238,16 +239,17 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     if (pair + kAhead < end) load_pairs(pair + kAhead);
   }
 
-  store_fragments<0>(shared_floats() + warp * kResultFloats, acc);
-  __syncthreads();
   // Computed again, since it would take registers in the meantime.
-  const SplitThread<Sizes> thread(tile);
+  const PointwiseTile same(tiling, a.out_channels, Sizes::rows(tiling.log_parts));
+  const SplitThread<Sizes> thread(same);
+  store_fragments<0>(shared_floats() + thread_index() / 32 * kResultFloats, acc);
+  __syncthreads();
   const auto exists = [&](int turn) { return thread.exists(turn); };
   const auto element = [&](int turn) { return thread.element(turn, a.out_channels); };
   Floats<Sizes::kTurns * kLaneColumns> y;
 #pragma unroll
   for (int turn = 0; turn < Sizes::kTurns; ++turn) {
-    const int row = min(thread.row + turn * Sizes::kRowLanes, tile.rows - 1);
+    const int row = min(thread.row + turn * Sizes::kRowLanes, same.rows - 1);
     const float* results =
         shared_floats() + (row / kFragmentRows << tiling.log_parts) * kResultFloats;
     Floats<kLaneColumns> sum = load_results(results, row % kFragmentRows, thread.column);
@@ -276,7 +278,6 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
   __syncthreads();
   store_floats(shared_floats() + threadIdx.x * kLaneColumns, sums);
   __syncthreads();
-  const PointwiseTile same(tiling, a.out_channels, Sizes::rows(tiling.log_parts));
   const int column = static_cast<int>(threadIdx.x);
   if (column >= same.columns) return;
   pooled[(same.group * tiling.row_tiles + same.row_tile) * a.out_channels + same.first_column +

@@ -352,16 +352,15 @@ EFFNET_DEVICE ChannelNorm channel_norm(const BatchNorm& bn, int channel) {
 constexpr int kNormChannels = 8;
 
 template <class T>
-EFFNET_DEVICE float lane_norm_value(const BatchNorm& bn, int channel) {
-  const int i = static_cast<int>(threadIdx.x) % 32 / kNormChannels;
+EFFNET_DEVICE float lane_norm_value(const BatchNorm& bn, int lane, int channel) {
+  const int i = lane / kNormChannels;
   const ChannelVector& vector = i == 0 ? bn.mean : i == 1 ? bn.var : i == 2 ? bn.weight : bn.bias;
   return channel_value<T>(vector, channel, i == 1 || i == 2 ? 1.f : 0.f);
 }
 
-EFFNET_DEVICE ChannelNorm lanes_norm(const BatchNorm& bn, float lane_value) {
-  const int channel = static_cast<int>(threadIdx.x) % kNormChannels;
+EFFNET_DEVICE ChannelNorm lanes_norm(const BatchNorm& bn, int lane, float lane_value) {
   return norm_of(bn, [&](int i, const ChannelVector&, float) {
-    return __shfl_sync(0xffffffff, lane_value, i * kNormChannels + channel);
+    return __shfl_sync(0xffffffff, lane_value, i * kNormChannels + lane % kNormChannels);
   });
 }
 
