@@ -380,9 +380,9 @@ def test_pointwise_shapes(case: PointwiseCase, dtype: torch.dtype, multiprocesso
     check_pointwise(case, dtype, "cpu")
 
 
-# Few pixels, whose channels the warps of a block split: whole images and parts of several in a tile,
-# a single pixel an image, fewer steps than warps, no number of steps that all have alike, features
-# of several tiles and less than one.
+# Few pixels, whose channels the warps of a block split: whole images and parts of several in a
+# tile, a single pixel an image, fewer steps than warps, no number of steps that all have alike,
+# features of several tiles and less than one.
 FEW_PIXELS = [
     PointwiseCase(1, 672, 40, 7, 7, "identity", gate=True, residual=True),
     PointwiseCase(3, 360, 24, 5, 3, "identity", gate=True, residual=True, pool=True),
