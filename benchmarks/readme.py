@@ -175,8 +175,8 @@ timed: ONNX Runtime's look out for its next call for a while, on the other's pro
 - **best peer** is the fastest of what else ran beside it, as listed, and is neither wrong nor
   failed. **ratio** is its time over our best's: above 1 ours is faster. **goal** is what we mean
   the ratio to be on two cores, or on an H200.
-- **memory** is our best's peak over the best peer's, of what PyTorch's allocator holds beyond what it
-  held before the call; `-` where one has memory of its own.
+- **memory** is our best's peak over the best peer's, of what PyTorch's allocator holds beyond what
+  it held before the call; `-` where one has memory of its own.
 - `wrong`: the error is above the rule, twice that of `eager` (three times for gradients); such a
   row has no time. `failed`: the contender did not run, for the reason given.
 

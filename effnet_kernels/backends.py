@@ -9,8 +9,8 @@ cpu       cpu      C++ SIMD, ``csrc/cpu``                      the same and floa
 eager     any      PyTorch's own ops, the reference            any floating point
 ========  =======  ==========================================  =======================
 
-A call goes to the first backend of this order that takes it, unless its op knows another to measure
-faster on such a call. ``use_backend("triton")`` or the
+A call goes to the first backend of this order that takes it, but for functions whose Triton kernels
+measured faster (``fastest_kernel``). ``use_backend("triton")`` or the
 environment variable ``EFFNET_KERNELS_BACKEND=triton`` demands one: then a call it cannot take is an
 error, never a quiet detour. ``EFFNET_KERNELS_DISABLE=1`` sends everything to ``eager``.
 Where Triton's interpreter is on (``TRITON_INTERPRET=1``), ``triton`` takes CPU tensors, on demand.
@@ -144,14 +144,12 @@ def refusals(input: Tensor) -> dict[str, str | None]:
     }
 
 
-def select(op: str, input: Tensor, faster: str | None = None) -> str:
+def select(op: str, input: Tensor) -> str:
     """The name of the backend that runs ``op`` on ``input``.
 
     Args:
         op: what a message calls it.
         input: the tensor whose device and dtype decide.
-        faster: the backend that measured fastest for such a call. It goes first, unless another is
-            demanded or it does not take the call.
 
     Raises:
         ValueError: the demanded backend does not exist.
@@ -169,8 +167,6 @@ def select(op: str, input: Tensor, faster: str | None = None) -> str:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {_demanded!r} was demanded, but {reason}")
         return _demanded
-    if faster is not None and KERNEL_BACKENDS[faster].refusal(device, dtype) is None:
-        return faster
     for name, backend in KERNEL_BACKENDS.items():
         # The interpreter is for tests: thousands of times slower than eager, so never a choice.
         if backend is TRITON and device.type == "cpu":
@@ -224,17 +220,26 @@ _FASTER_ON_TRITON = ("fused_mbconv_out", "pointwise_conv_bn_act_out", "squeeze_e
 _LARGE = 1 << 22
 
 
-def fastest_kernel(backend: str, name: str, input: Tensor) -> Callable[..., None]:
+def fastest_kernel(
+    backend: str, name: str, input: Tensor, *, few_channels: bool = False
+) -> Callable[..., None]:
     """``kernel(backend, name)``, or Triton's for ``cuda`` where that measured faster.
 
-    From ``benchmarks/results/nvidia-h200/earlier``: matrix products and the gate, in inference on
-    large tensors (``input`` decides). Where ``cuda`` is demanded, it is CUDA C++ all through.
+    From ``benchmarks/results/nvidia-h200``: matrix products, whole blocks and the gate, in
+    inference on large tensors. Where ``cuda`` is demanded, it is CUDA C++ all through.
+
+    Args:
+        backend: that the op runs on.
+        name: of the function.
+        input: decides how large the call is.
+        few_channels: CUDA C++ has a kernel of its own for the call, if its elements have 16 bits.
     """
     triton = (
         backend == CUDA.name
         and _demanded is None
         and name in _FASTER_ON_TRITON
         and input.numel() >= _LARGE
+        and not (few_channels and input.element_size() == 2)
         and TRITON.refusal(input.device, input.dtype) is None
     )
     return kernel(TRITON.name if triton else backend, name)

@@ -156,9 +156,9 @@ ExpandTiling expand_tiling(const Device& device, const PointwiseInference& a) {
     while (resident > 1 && t.shared_bytes() > device.shared_bytes(resident)) --resident;
     if (t.shared_bytes() > device.shared_bytes(1)) continue;
     // A block's rows come from L2, and fewer warps hide less.
+    constexpr double kOfFewWarps[] = {3., 1.6, 1.2, 1.};
     const double cost = static_cast<double>(t.column_blocks) *
-                        (t.columns + a.in_channels / 8. + 8.) *
-                        (1. + 0.15 * (kExpandBlocks - resident));
+                        (t.columns + a.in_channels / 8. + 8.) * kOfFewWarps[resident - 1];
     if (best.columns != 0 && cost >= least) continue;
     least = cost;
     best = t;

@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
 #pragma unroll
       for (int half = 0; half < 4; ++half) {
         if (half * 8 < rows) {
-          store(output + static_cast<int64_t>(half) * 8 * a.out_channels + column,
-                slice<8>(y, half));
+          store_at_once(output + static_cast<int64_t>(half) * 8 * a.out_channels + column,
+                        slice<8>(y, half));
         }
       }
     }

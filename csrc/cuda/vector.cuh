@@ -199,6 +199,21 @@ EFFNET_DEVICE void store(T* p, const Floats<V>& x) {
   *reinterpret_cast<Vector<T, V>*>(p) = pack<T, V>(x);
 }
 
+// The same to 16 bytes of global memory by one instruction. The compiler does not always see that
+// the four stores of a vector's words are one.
+template <class T, int V>
+EFFNET_DEVICE void store_at_once(T* p, const Floats<V>& x) {
+  static_assert(sizeof(Vector<T, V>) == 16);
+#ifdef __CUDA_ARCH__
+  const Vector<T, V> raw = pack<T, V>(x);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(raw.word[0]), "r"(raw.word[1]), "r"(raw.word[2]), "r"(raw.word[3])
+               : "memory");
+#else
+  store(p, x);
+#endif
+}
+
 // 2^x and 1/x by the special function unit: 2 and 1 ulp; subnormal results are flushed to zero.
 EFFNET_DEVICE float approximate_exp2(float x) {
 #ifdef __CUDA_ARCH__

@@ -172,10 +172,7 @@ def depthwise_conv_bn_act(
     needs_grad = torch.is_grad_enabled() and checks.requires_grad(
         input, weight, bn_weight, bn_bias, *(prologue[:2] if prologue is not None else ())
     )
-    faster = None
-    if prologue is None:
-        faster = faster_backend(input, weight.shape[2], stride, needs_grad)
-    backend = backends.select(OP, input, faster)
+    backend = backends.select(OP, input)
     if backend == backends.EAGER:
         return reference(
             input, weight, running_mean, running_var, bn_weight, bn_bias,
@@ -341,28 +338,6 @@ def check_stride(stride: int | Sequence[int]) -> int:
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride}, expected 1 or 2")
     return stride
-
-
-def faster_backend(input: Tensor, k: int, stride: int, grad: bool) -> str | None:
-    """The backend that measured faster than the first one that takes a call, or None.
-
-    From ``benchmarks/results/nvidia-h200/earlier`` (16-bit, no prologue): Triton's kernels in
-    inference with stride 2 and on the smallest images; the CUDA kernels in all else.
-
-    Args:
-        input: (N, C, H, W).
-        k: kernel size.
-        stride: 1 or 2.
-        grad: gradients are wanted.
-    """
-    if grad or input.device.type != "cuda" or input.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    # Launching Triton's kernels takes the host longer, which shows where they are short.
-    if input.numel() < 1 << 22:
-        return None
-    width = input.shape[3]
-    small = width <= 7 or (k == 3 and width <= 14)
-    return backends.TRITON.name if stride == 2 or small else None
 
 
 def check_padding(

@@ -277,6 +277,9 @@ def block_arguments(statistics: str) -> str:
 _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
 _NAMES = names_of(_ARGUMENTS)
 
+# Input channels from which on csrc/cuda/dense_conv.cuh leaves a convolution to the block's kernel.
+_DENSE_CHANNELS = 48
+
 
 def _empty_output(
     input: Tensor,
@@ -316,7 +319,10 @@ def _inference(
         project_weight, project_mean, project_var, project_bn_weight, project_bn_bias, project_eps,
         project_activation,
     )  # fmt: skip
-    kernel = backends.fastest_kernel(backend, "fused_mbconv_out", input)
+    kernel = backends.fastest_kernel(
+        backend, "fused_mbconv_out", input,
+        few_channels=project_weight is None and input.shape[1] < _DENSE_CHANNELS,
+    )  # fmt: skip
     if reduce_weight is None:
         kernel(*expand, *project, added, allow_tf32, output, None)
         return output

@@ -307,6 +307,9 @@ def block_arguments(statistics: str) -> str:
 _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
 _NAMES = names_of(_ARGUMENTS)
 
+# Most input channels that csrc/cuda/pointwise_expand.cuh takes.
+_EXPAND_CHANNELS = 128
+
 
 def _empty_output(
     input: Tensor,
@@ -366,9 +369,11 @@ def _inference(
         expanded = input
         if expand_weight is not None:
             expanded = library.empty_image(input, channels, height, width)
-            backends.fastest_kernel(backend, "pointwise_conv_bn_act_out", expanded)(
-                input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None
-            )
+            kernel = backends.fastest_kernel(
+                backend, "pointwise_conv_bn_act_out", expanded,
+                few_channels=input.shape[1] <= _EXPAND_CHANNELS,
+            )  # fmt: skip
+            kernel(input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None)
         backends.kernel(backend, "depthwise_conv_bn_act_out")(
             expanded, *depthwise_bn, *geometry, None, None, 0, depthwise, pooled
         )

@@ -12,12 +12,10 @@ from devices import device_of, interpreted, skip_in_interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ops.depthwise_cases import CASES, Case, depthwise_output_shape, make_arguments, run
-from torch._subclasses import FakeTensorMode
 
 import effnet_kernels
 from effnet_kernels import use_backend
 from effnet_kernels.ops import Prologue, depthwise_conv_bn_act
-from effnet_kernels.ops.depthwise_conv_bn_act import faster_backend
 
 
 def check(
@@ -269,26 +267,6 @@ def test_demanded_backend_that_cannot() -> None:
         _call()
     with pytest.raises(ValueError, match="name: got 'tpu'"), use_backend("tpu"):
         pass
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "shape", "k", "stride", "grad", "expected"),
-    [
-        ("cuda", torch.bfloat16, (256, 96, 112, 112), 3, 2, False, "triton"),
-        ("cuda", torch.bfloat16, (256, 96, 112, 112), 3, 2, True, None),
-        ("cuda", torch.float16, (256, 1152, 7, 7), 5, 1, True, None),
-        ("cuda", torch.float16, (256, 1152, 7, 7), 5, 1, False, "triton"),
-        ("cuda", torch.float16, (256, 672, 14, 14), 5, 1, False, None),
-        ("cuda", torch.float32, (256, 96, 112, 112), 3, 2, False, None),
-        ("cuda", torch.bfloat16, (1, 96, 112, 112), 3, 2, False, None),
-        ("cpu", torch.bfloat16, (256, 96, 112, 112), 3, 2, False, None),
-    ],
-)
-def test_faster_backend(device, dtype, shape, k, stride, grad, expected) -> None:
-    """Which kernels go first is what the measurements say, by kind of call."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.empty(shape, dtype=dtype, device=device)
-        assert faster_backend(image, k, stride, grad) == expected
 
 
 def test_kernels_survive_wrong_tensors() -> None:

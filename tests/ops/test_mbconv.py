@@ -215,6 +215,17 @@ def test_fastest_kernel(
         assert backends.fastest_kernel("cuda", name, image) is backends.kernel(expected, name)
 
 
+def test_fastest_kernel_of_few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA C++ has 16-bit kernels of its own for them."""
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    name = "pointwise_conv_bn_act_out"
+    for dtype, expected in ((torch.bfloat16, "cuda"), (torch.float32, "triton")):
+        with FakeTensorMode():
+            image = torch.empty((256, 480, 14, 14), dtype=dtype, device="cuda")
+            kernel = backends.fastest_kernel("cuda", name, image, few_channels=True)
+        assert kernel is backends.kernel(expected, name)
+
+
 def test_cost_model() -> None:
     """Fused where launches are the time; what a tile's halo costs is in the estimate."""
     assert halo((14, 14), 5, 1) == 1.0
