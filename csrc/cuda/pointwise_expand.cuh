@@ -30,7 +30,7 @@ constexpr int kExpandThreads = 128;
 constexpr int kExpandRows = kExpandThreads / 32 * kExpandWarpRows;
 constexpr int kExpandBlocks = 4;  // that a multiprocessor is to hold
 constexpr int kExpandStages = 2;
-constexpr int kExpandMostChannels = 128;
+constexpr int kExpandMostChannels = 96;
 
 // How the output is cut. Block index: columns fastest, so that blocks that run together read the
 // same rows.

@@ -308,7 +308,7 @@ _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
 _NAMES = names_of(_ARGUMENTS)
 
 # Most input channels that csrc/cuda/pointwise_expand.cuh takes.
-_EXPAND_CHANNELS = 128
+_EXPAND_CHANNELS = 96
 
 
 def _empty_output(

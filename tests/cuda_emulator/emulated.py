@@ -335,8 +335,8 @@ EXPAND_CASES = [
     PointwiseCase(1, 16, 96, 17, 19),
     PointwiseCase(2, 24, 144, 17, 19, "relu6"),
     PointwiseCase(3, 40, 240, 11, 13, "hardswish", affine=False),
-    PointwiseCase(1, 128, 136, 16, 16, "sigmoid"),
-    PointwiseCase(3, 112, 672, 14, 14),
+    PointwiseCase(1, 96, 136, 16, 16, "sigmoid"),
+    PointwiseCase(3, 80, 480, 14, 14),
     PointwiseCase(1, 72, 80, 31, 33, "identity"),
     PointwiseCase(2, 8, 16, 16, 16),
 ]

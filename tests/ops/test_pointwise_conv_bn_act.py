@@ -65,7 +65,7 @@ WIDE_CASES = [
     Case(3, 16, 96, 107, 107),
     Case(3, 24, 144, 107, 107, "relu6"),
     Case(13, 40, 240, 53, 51, "hardswish", affine=False),
-    Case(3, 128, 136, 113, 107),
+    Case(3, 96, 136, 113, 107),
     Case(13, 72, 80, 53, 51, "identity"),
 ]
 
