@@ -4,10 +4,8 @@ cores, must be made of the instructions that they are written for, and ``occupan
 many of their blocks and warps a multiprocessor holds, on blocks of models.
 
 Some kernels live at their limit of registers, and the compiler leaves values that are needed once a
-step in local memory: ``AT_THE_LIMIT`` says which and how many bytes. In the tensor-core kernels no
-loop over pixels or taps touches them. The depthwise forward kernels of 5 x 5 and 7 x 7 taps, and
-all in training, trade them for a third block on a multiprocessor: at most 64 bytes in inference on
-sm_90.
+step in local memory: ``AT_THE_LIMIT`` says which and how many bytes. The depthwise kernels
+trade them for another block on a multiprocessor; no loop over taps touches them.
 
 By default for ``USUAL`` alone; with ``--exhaustive`` for all ``ARCHITECTURES``. After a change that
 is meant: ``python tests/cuda/test_nvcc.py`` writes ``budget.json`` and ``occupancy.json`` anew, or
