@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from typing import Any
 
 import torch
 import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
@@ -34,10 +33,10 @@ def create(name: str) -> nn.Module:
     if name.startswith(_OURS):
         import effnet
 
-        factory: Any = getattr(effnet, name.removeprefix(_OURS), None)
-        if not callable(factory):
-            raise ModelError(f"effnet has no {name.removeprefix(_OURS)!r}")
-        return factory()  # type: ignore[no-any-return]
+        try:
+            return effnet.create_model(name.removeprefix(_OURS))
+        except ValueError as error:
+            raise ModelError(str(error)) from error
     import timm
 
     if not timm.is_model(name):

@@ -9,7 +9,7 @@ from effnet_kernels.layers.running_statistics import (
     normalises_by_batch,
     update_running_statistics,
 )
-from effnet_kernels.ops import batch_norm_act
+from effnet_kernels.ops.batch_norm_act import batch_norm_act
 
 
 def run_batch_norm_act(

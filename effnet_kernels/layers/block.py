@@ -93,6 +93,24 @@ def drawn_sample_scale(input: Tensor, keep: float, *, rescaled: bool) -> Tensor:
     return scale.flatten()
 
 
+def drop_path_scale(block: nn.Module, rate: float, input: Tensor) -> Tensor | None:
+    """What drop path at ``rate`` multiplies each image of ``block`` by, or None."""
+    if not block.training or rate == 0.0:
+        return None
+    return drawn_sample_scale(input, 1.0 - rate, rescaled=True)
+
+
+def check_drop_path(rate: float) -> float:
+    """``rate``, a probability below 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"drop_path: got {rate}, expected a probability below 1")
+    return rate
+
+
 def update(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Statistics | None]) -> None:
     """Moves the running statistics of ``norms`` by a batch's, of which None are left out."""
     given = [s for s in statistics if s is not None]

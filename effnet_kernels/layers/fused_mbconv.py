@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from effnet_kernels.activations import activation_code
-from effnet_kernels.layers.block import Excite, Stage, drawn_sample_scale, update
+from effnet_kernels.layers.block import (
+    Excite,
+    Stage,
+    check_drop_path,
+    drop_path_scale,
+    update,
+)
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import fused_mbconv, fused_mbconv_train
 from effnet_kernels.ops.prepared import PreparedStage, prepare_fused_mbconv
@@ -137,12 +143,10 @@ class FusedMBConv(nn.Module):
         super().__init__()
         activation_code("activation", activation)
         activation_code("gate", gate)
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path: got {drop_path}, expected a probability below 1")
         if squeezed and expand_ratio == 1:
             raise ValueError(f"squeezed: got {squeezed}, expected 0 where expand_ratio is 1")
         self.padding = kernel_size // 2 if padding is None else padding
-        self.activation, self.gate, self.drop_path = activation, gate, drop_path
+        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
         self.residual = stride == 1 and in_channels == out_channels
 
         def norm(channels: int) -> nn.BatchNorm2d:
@@ -169,13 +173,7 @@ class FusedMBConv(nn.Module):
             project = Stage(self.project_conv, self.project_bn, "identity")
         expand = Stage(self.expand_conv, self.expand_bn, self.activation)
         block = FusedBlock(expand, excite, project, self.padding, self.residual)
-        return run_fused_mbconv(x, block, lambda: self._sample_scale(x))
-
-    def _sample_scale(self, x: Tensor) -> Tensor | None:
-        """What drop path multiplies each image by, or None."""
-        if not self.training or self.drop_path == 0.0:
-            return None
-        return drawn_sample_scale(x, 1.0 - self.drop_path, rescaled=True)
+        return run_fused_mbconv(x, block, lambda: drop_path_scale(self, self.drop_path, x))
 
     def extra_repr(self) -> str:
         """The settings that no child shows."""

@@ -1,4 +1,4 @@
-"""MBConv from the modules that hold its parameters: what the adapters of all libraries share."""
+"""MBConv as a module, and from the modules that hold its parameters elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.layers.block import Excite, Stage, update
+from effnet_kernels.activations import activation_code
+from effnet_kernels.layers.block import (
+    Excite,
+    Stage,
+    check_drop_path,
+    drop_path_scale,
+    update,
+)
 from effnet_kernels.layers.running_statistics import normalises_by_batch
 from effnet_kernels.ops import mbconv, mbconv_train
 from effnet_kernels.ops.prepared import PreparedStage, prepare_mbconv
@@ -79,3 +86,99 @@ def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | 
     if training:
         update(norms, statistics)
     return output
+
+
+class MBConv(nn.Module):
+    """The MBConv block of EfficientNet: a 1x1 convolution that expands, a depthwise k x k one,
+    squeeze-and-excitation, a 1x1 projection, BN after each convolution, an activation after all but
+    the last, and the input where the shapes allow it.
+
+    The children are stock modules, so that parameters initialise, serialise and convert as
+    everywhere else; they only hold the parameters and are not called, so hooks on them do not run.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        expand_ratio: M = C * expand_ratio channels in between. With 1 there is no expansion.
+        kernel_size: of the depthwise convolution: 3, 5 or 7.
+        stride: 1 or 2.
+        padding: as ``effnet_kernels.ops.depthwise_conv_bn_act`` takes it: an int, (height, width),
+            (left, right, top, bottom) or "same"; None for ``kernel_size // 2``.
+        squeezed: channels of squeeze-and-excitation's hidden values; 0 for none.
+        drop_path: the probability that a training image skips the block, where there is a residual.
+        eps: BN's.
+        momentum: BN's; None for a cumulative average.
+        activation: an activation's name.
+        gate: of squeeze-and-excitation: sigmoid or hardsigmoid.
+
+    Shapes:
+        x: (N, C, H, W); channels-last is taken as it is, other layouts are converted once.
+        output: (N, K, OH, OW), channels-last, x's dtype.
+
+    Raises:
+        ValueError: ``activation`` or ``gate`` is not known, or ``drop_path`` is no probability; the
+            op checks the other settings when it runs.
+
+    Source: "EfficientNet: Rethinking Model Scaling for CNNs" (arXiv:1905.11946), after
+    "MobileNetV2" (arXiv:1801.04381) and "MnasNet" (arXiv:1807.11626).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expand_ratio: int = 6,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | str | Sequence[int] | None = None,
+        squeezed: int = 0,
+        drop_path: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        activation: str = "silu",
+        gate: str = "sigmoid",
+    ) -> None:
+        super().__init__()
+        activation_code("activation", activation)
+        activation_code("gate", gate)
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
+        self.residual = stride == 1 and in_channels == out_channels
+
+        def norm(channels: int) -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
+
+        channels = in_channels * expand_ratio
+        self.expand_conv = self.expand_bn = self.reduce = self.excite = None
+        if expand_ratio != 1:
+            self.expand_conv = nn.Conv2d(in_channels, channels, 1, bias=False)
+            self.expand_bn = norm(channels)
+        # The op pads; the module's own padding would not be read.
+        self.depthwise_conv = nn.Conv2d(
+            channels, channels, kernel_size, stride, groups=channels, bias=False
+        )
+        self.depthwise_bn = norm(channels)
+        if squeezed:
+            self.reduce = nn.Conv2d(channels, squeezed, 1)
+            self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.project_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.project_bn = norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block of x, (N, C, H, W)."""
+        expand = excite = None
+        if self.expand_conv is not None and self.expand_bn is not None:
+            expand = Stage(self.expand_conv, self.expand_bn, self.activation)
+        if self.reduce is not None and self.excite is not None:
+            excite = Excite(self.reduce, self.excite, self.activation, self.gate)
+        depthwise = Stage(self.depthwise_conv, self.depthwise_bn, self.activation)
+        project = Stage(self.project_conv, self.project_bn, "identity")
+        block = Block(expand, depthwise, excite, project, self.padding, self.residual)
+        return run_mbconv(x, block, lambda: drop_path_scale(self, self.drop_path, x))
+
+    def extra_repr(self) -> str:
+        """The settings that no child shows."""
+        return (
+            f"padding={self.padding!r}, activation={self.activation!r}, gate={self.gate!r}, "
+            f"drop_path={self.drop_path}"
+        )

@@ -1,10 +1,30 @@
 """The EfficientNet family in plain PyTorch, on the layers of ``effnet_kernels``.
 
 >>> import effnet
->>> model = effnet.efficientnet_b0()
+>>> model = effnet.create_model("efficientnet_b0", num_classes=10)
+
+``variants`` has the tables, ``efficientnet`` the network, ``weights`` the names that other
+libraries have for its parameters, ``complexity`` what it costs.
 """
 
-from effnet.efficientnet import EfficientNet, MBConv, Stage, efficientnet_b0
-from effnet.weights import from_timm_state_dict
+from effnet.complexity import Complexity, complexity
+from effnet.efficientnet import EfficientNet, Features, create_model, scale_channels, scale_stages
+from effnet.variants import VARIANTS, Stage, Variant
+from effnet.weights import from_timm, from_torchvision, to_timm, to_torchvision
 
-__all__ = ["EfficientNet", "MBConv", "Stage", "efficientnet_b0", "from_timm_state_dict"]
+__all__ = [
+    "VARIANTS",
+    "Complexity",
+    "EfficientNet",
+    "Features",
+    "Stage",
+    "Variant",
+    "complexity",
+    "create_model",
+    "from_timm",
+    "from_torchvision",
+    "scale_channels",
+    "scale_stages",
+    "to_timm",
+    "to_torchvision",
+]

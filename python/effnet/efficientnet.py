@@ -1,207 +1,176 @@
-"""EfficientNet (arXiv:1905.11946): the B0 network as a table, and its compound scaling."""
+"""EfficientNet, V1 (arXiv:1905.11946) and V2 (arXiv:2104.00298): the network of a table.
+
+A network is a stem, stages of MBConv or Fused-MBConv blocks, a head and a classifier:
+
+    image -> stem (3x3, stride 2) -> stages -> head (1x1) -> mean -> dropout -> classifier
+
+The blocks are ``effnet_kernels.layers``' modules, each one op of the library.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_kernels.layers import DepthwiseConvBnAct
+from effnet.variants import HEAD_CHANNELS, Stage, variant
+from effnet_kernels.layers import FusedMBConv, MBConv, PointwiseConvBnAct
 
 
-class Stage(NamedTuple):
-    """A run of MBConv blocks; the first one has the stride.
-
-    Attributes:
-        expand: expanded channels over input channels.
-        kernel_size: of the depthwise convolution.
-        stride: of the first block.
-        channels: output channels, before the width multiplier.
-        layers: blocks, before the depth multiplier.
-    """
-
-    expand: int
-    kernel_size: int
-    stride: int
-    channels: int
-    layers: int
-
-
-B0_STAGES = (
-    Stage(expand=1, kernel_size=3, stride=1, channels=16, layers=1),
-    Stage(expand=6, kernel_size=3, stride=2, channels=24, layers=2),
-    Stage(expand=6, kernel_size=5, stride=2, channels=40, layers=2),
-    Stage(expand=6, kernel_size=3, stride=2, channels=80, layers=3),
-    Stage(expand=6, kernel_size=5, stride=1, channels=112, layers=3),
-    Stage(expand=6, kernel_size=5, stride=2, channels=192, layers=4),
-    Stage(expand=6, kernel_size=3, stride=1, channels=320, layers=1),
-)
-STEM_CHANNELS = 32
-HEAD_CHANNELS = 1280
-SQUEEZE = 0.25  # squeezed channels over the block's input channels
-
-
-class ConvBn(nn.Module):
-    """A convolution without bias, BN, and SiLU if ``activate``.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, OH, OW).
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        *,
-        activate: bool = True,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
-        )
-        self.bn = nn.BatchNorm2d(out_channels)
-        self.activate = activate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised convolution of x."""
-        x = self.bn(self.conv(x))
-        return F.silu(x, inplace=True) if self.activate else x
-
-
-class SqueezeExcite(nn.Module):
-    """The gate of squeeze-and-excitation (arXiv:1709.01507), from sums the depthwise op left."""
-
-    def __init__(self, channels: int, squeezed: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, squeezed, 1)
-        self.expand = nn.Conv2d(squeezed, channels, 1)
-
-    def forward(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """x, (N, C, H, W), scaled by the gate of ``pooled``, its (N, C) sums over H and W."""
-        mean = pooled[:, :, None, None] / (x.shape[2] * x.shape[3])
-        gate = self.expand(F.silu(self.reduce(mean.to(x.dtype))))
-        scaled: Tensor = x * gate.sigmoid()
-        return scaled
-
-
-class MBConv(nn.Module):
-    """Expand, depthwise, squeeze-and-excite, project; plus the input where the shapes agree.
-
-    Shapes: (N, in_channels, H, W) to (N, out_channels, OH, OW).
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        expand: int,
-        kernel_size: int,
-        stride: int,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        channels = in_channels * expand
-        self.residual = stride == 1 and in_channels == out_channels
-        self.drop_path = drop_path
-        self.expand = ConvBn(in_channels, channels) if expand > 1 else nn.Identity()
-        self.depthwise = DepthwiseConvBnAct(channels, kernel_size, stride)
-        self.squeeze_excite = SqueezeExcite(channels, max(1, int(in_channels * SQUEEZE)))
-        self.project = ConvBn(channels, out_channels, activate=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block of x."""
-        y, pooled = self.depthwise(self.expand(x), pool=True)
-        y = self.project(self.squeeze_excite(y, pooled))
-        if not self.residual:
-            return y  # type: ignore[no-any-return]
-        return x + drop_path(y, self.drop_path, self.training)
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (arXiv:1603.09382): zeroes samples at ``rate``, scales up the others."""
-    if not training or rate == 0:
-        return x
-    keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
-    return x * keep.bernoulli_(1 - rate).div_(1 - rate)
-
-
-def scale_channels(channels: int, width: float) -> int:
-    """``channels * width`` to the nearest multiple of 8, at least 8 and at most 10 % below."""
+def scale_channels(channels: int, width: float, least: float = 0.9) -> int:
+    """``channels * width`` to the nearest multiple of 8, at least 8, at least ``least`` of it."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * scaled else rounded + 8
+    return rounded if rounded >= least * scaled else rounded + 8
+
+
+def scale_stages(
+    stages: Sequence[Stage], width: float, depth: float, least: float = 0.9
+) -> tuple[Stage, ...]:
+    """The table with channels times ``width`` and layers times ``depth``, rounded up."""
+    return tuple(
+        stage._replace(
+            channels=scale_channels(stage.channels, width, least),
+            layers=math.ceil(stage.layers * depth),
+        )
+        for stage in stages
+    )
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet, B0 unless scaled.
+    """The network of a table of stages.
 
     Args:
-        num_classes: outputs of the classifier.
-        in_channels: channels of the images.
-        stages: the table of the blocks.
-        width: multiplies channels (then rounded to a multiple of 8).
-        depth: multiplies the blocks of a stage (then rounded up).
-        dropout: rate before the classifier.
-        drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
+        stages: the table, as wide and deep as the network is to be.
+        num_classes: outputs of the classifier; 0 for the pooled features instead.
+        in_chans: channels of the images.
+        stem_channels: of the stem.
+        head_channels: of the head.
         stem_stride: 2; 1 suits small images.
+        drop_rate: of dropout before the classifier.
+        drop_path_rate: of stochastic depth in the last block; it grows linearly from 0.
+        padding: of the convolutions: None for as much on either side, or "same" as TensorFlow pads.
+        eps: BN's; TensorFlow's weights want 1e-3.
+        momentum: BN's.
 
     Shapes:
-        (N, in_channels, H, W) to (N, num_classes). Any H and W; channels-last is faster.
+        (N, in_chans, H, W) to (N, num_classes), or (N, head_channels). Any H and W; channels-last
+        is faster.
     """
 
     def __init__(
         self,
+        stages: Sequence[Stage],
         num_classes: int = 1000,
-        in_channels: int = 3,
+        in_chans: int = 3,
         *,
-        stages: Sequence[Stage] = B0_STAGES,
-        width: float = 1.0,
-        depth: float = 1.0,
-        dropout: float = 0.2,
-        drop_path: float = 0.2,
+        stem_channels: int = 32,
+        head_channels: int = HEAD_CHANNELS,
         stem_stride: int = 2,
+        drop_rate: float = 0.2,
+        drop_path_rate: float = 0.2,
+        padding: str | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
-        channels = scale_channels(STEM_CHANNELS, width)
-        self.stem = ConvBn(in_channels, channels, 3, stem_stride)
-        stages = [stage._replace(layers=math.ceil(stage.layers * depth)) for stage in stages]
+        common: dict[str, Any] = {"padding": padding, "eps": eps, "momentum": momentum}
+        # A dense convolution with BN and activation: a Fused-MBConv that does not expand.
+        self.stem = FusedMBConv(
+            in_chans, stem_channels, expand_ratio=1, stride=stem_stride, **common
+        )
+        channels, built = stem_channels, 0
         total = sum(stage.layers for stage in stages)
-        blocks: list[MBConv] = []
+        self.stages = nn.ModuleList()
         for stage in stages:
-            out_channels = scale_channels(stage.channels, width)
+            blocks = []
             for layer in range(stage.layers):
+                block: Any = FusedMBConv if stage.fused else MBConv
                 blocks.append(
-                    MBConv(
-                        channels,
-                        out_channels,
-                        stage.expand,
-                        stage.kernel_size,
+                    block(
+                        channels, stage.channels, stage.expand, stage.kernel_size,
                         stage.stride if layer == 0 else 1,
-                        drop_path * len(blocks) / total,
+                        squeezed=round(channels * stage.squeeze),
+                        drop_path=drop_path_rate * built / total, **common,
                     )
-                )
-                channels = out_channels
-        self.blocks = nn.Sequential(*blocks)
-        self.head = ConvBn(channels, scale_channels(HEAD_CHANNELS, width))
-        self.dropout = dropout
-        self.classifier = nn.Linear(self.head.conv.out_channels, num_classes)
+                )  # fmt: skip
+                channels, built = stage.channels, built + 1
+            self.stages.append(nn.Sequential(*blocks))
+        self.head = PointwiseConvBnAct(channels, head_channels, eps=eps, momentum=momentum)
+        self.drop_rate = drop_rate
+        self.classifier = nn.Linear(head_channels, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
-    def features(self, x: Tensor) -> Tensor:
-        """The last feature map, before pooling."""
-        features: Tensor = self.head(self.blocks(self.stem(x)))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map of images x, (N, head_channels, OH, OW), before pooling."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        features: Tensor = self.head(x)
         return features
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of images x."""
-        pooled = self.features(x).mean((2, 3))
-        logits: Tensor = self.classifier(F.dropout(pooled, self.dropout, self.training))
+        pooled = self.forward_features(x).mean((2, 3))
+        logits: Tensor = self.classifier(F.dropout(pooled, self.drop_rate, self.training))
         return logits
+
+
+class Features(nn.Module):
+    """A network's feature maps, the last one of each resolution: what detection and segmentation
+    build on.
+
+    Args:
+        model: the network; its head and classifier are left out.
+
+    Attributes:
+        channels: of each map.
+        reductions: an image's side over the map's, of each.
+
+    Shapes:
+        (N, in_chans, H, W) to a list of (N, channels[i], H / reductions[i], W / reductions[i]),
+        rounded up.
+    """
+
+    def __init__(self, model: EfficientNet) -> None:
+        super().__init__()
+        self.stem, self.stages = model.stem, model.stages
+        strides = [_stride(stage) for stage in model.stages]
+        # The stage after which the resolution falls, and the last.
+        self._last = [i + 1 == len(strides) or strides[i + 1] > 1 for i in range(len(strides))]
+        self.channels: list[int] = []
+        self.reductions: list[int] = []
+        reduction = model.stem.expand_conv.stride[0]
+        for stage, stride, last in zip(model.stages, strides, self._last, strict=True):
+            reduction *= stride
+            if last:
+                self.channels.append(_out_channels(stage))
+                self.reductions.append(reduction)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The feature maps of images x, from the finest to the coarsest."""
+        maps = []
+        x = self.stem(x)
+        for stage, last in zip(self.stages, self._last, strict=True):
+            x = stage(x)
+            if last:
+                maps.append(x)
+        return maps
+
+
+def _stride(stage: Any) -> int:
+    block = stage[0]
+    conv = block.expand_conv if isinstance(block, FusedMBConv) else block.depthwise_conv
+    return int(conv.stride[0])
+
+
+def _out_channels(stage: Any) -> int:
+    block = stage[-1]
+    conv = block.expand_conv if block.project_conv is None else block.project_conv
+    return int(conv.out_channels)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -216,6 +185,42 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def efficientnet_b0(num_classes: int = 1000, **settings: Any) -> EfficientNet:
-    """EfficientNet-B0, 224 px, 5.3 M parameters; ``settings`` as ``EfficientNet`` takes them."""
-    return EfficientNet(num_classes, **settings)
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    *,
+    drop_rate: float | None = None,
+    drop_path_rate: float = 0.2,
+    features_only: bool = False,
+    **settings: Any,
+) -> EfficientNet | Features:
+    """A member of the family, with fresh weights.
+
+    >>> create_model("efficientnet_b0", num_classes=10)
+    >>> create_model("efficientnetv2_s", padding="same", eps=1e-3)  # TensorFlow's
+
+    Args:
+        name: of ``effnet.variants.VARIANTS``.
+        num_classes: outputs of the classifier; 0 for the pooled features.
+        in_chans: channels of the images.
+        drop_rate: of dropout before the classifier; the variant's own unless given.
+        drop_path_rate: of stochastic depth.
+        features_only: return ``Features``, the maps of each resolution.
+        settings: the others of ``EfficientNet``.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    table = variant(name)
+    model = EfficientNet(
+        scale_stages(table.stages, table.width, table.depth, table.least),
+        num_classes,
+        in_chans,
+        stem_channels=scale_channels(table.stem, table.width, table.least),
+        head_channels=scale_channels(HEAD_CHANNELS, table.width, table.least),
+        drop_rate=table.drop_rate if drop_rate is None else drop_rate,
+        drop_path_rate=drop_path_rate,
+        **settings,
+    )
+    return Features(model) if features_only else model

@@ -33,7 +33,14 @@ def train(backend: str) -> tuple[list[float], float]:
     images, labels = digits()
     torch.manual_seed(0)
     model = effnet.EfficientNet(
-        10, 1, stages=STAGES, width=0.5, dropout=0.1, drop_path=0.05, stem_stride=1
+        effnet.scale_stages(STAGES, 0.5, 1.0),
+        10,
+        1,
+        stem_channels=16,
+        head_channels=640,
+        stem_stride=1,
+        drop_rate=0.1,
+        drop_path_rate=0.05,
     ).to(memory_format=torch.channels_last)
     steps = EPOCHS * ((len(images) - TEST) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
