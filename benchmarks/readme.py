@@ -214,22 +214,22 @@ What profiles of a model alone say, on two cores that others share; the figures 
 ## What keeps an H200 from more
 
 Profiles are in `results/nvidia-h200/profiles`: by PyTorch's profiler in order of the launches,
-and by `ncu`. The runs are of commit 0d80c95, in B0's inference with all expansions on Triton;
-their machine knew of it as changes to ec1cf57.
+and by `ncu`. The tables' runs are of commit 0d80c95, in B0's inference with all expansions on
+Triton; their machine knew of it as changes to ec1cf57.
 
 - **B0 at batch 256** was measured on either backend alone, 4.8 ms in CUDA C++ and 3.9 ms in
-  Triton, and not as `auto` chooses from them. Of the faster kernel of each layer the times add up
-  to 3.3 ms: a prediction, 2.6 times as fast as `torch.compile` was in
-  `earlier/models-03df544.json`.
+  Triton, and not as `auto` now chooses from them (before the stem went to CUDA: 3.6 ms). Of the
+  faster kernel of each layer the times add up to 3.3 ms: a prediction, 2.6 times as fast as
+  `torch.compile` was in `earlier/models-03df544.json`.
 - **Depthwise convolutions** reach 80 % of the copy bandwidth at best (3x3, stride 2), 54 to 70 %
   with 3x3 and stride 1 on large images, 28 to 45 % with 5x5: 25 multiply-adds an output outside
   the tensor cores take as long as the bytes. Issue slots are 40 to 60 % full, with 7 to 15 of 64
   warps on a multiprocessor: registers are what there are too few of.
 - **1x1 convolutions** with an SE gate are Triton's, and take about twice as long as their bytes.
   Those from few channels to many keep their weights and take 1.4 to 2.3 times as long as theirs.
-- **Batch 1**: 66 launches, of which expand + depthwise take 9 us each, the gate 6, project 4;
+- **Batch 1**: 68 launches, of which expand + depthwise take 9 us each, the gate 6, project 4;
   nothing in them is near a limit but latencies, one after another.
-- **Training** of B0: BN's passes are a third of it (4.3 of 11.9 ms), the depthwise gradients a
+- **Training** of B0: BN's passes are a third of it (4.2 of 11.9 ms), the depthwise gradients a
   fifth.
 - Not yet measured: torch.compile's max-autotune, B4, other batches, V2-S's training beside peers,
   depthwise training but for B0's two largest shapes. The race checker found nothing in our

@@ -6,6 +6,7 @@
 //   V Math::min(V, V), Math::max(V, V)
 //   V Math::sixth(V)                a sixth of it
 //   V Math::sigmoid(V)
+//   V Math::silu(V)                 x * sigmoid(x)
 //   V Math::if_positive(V x, V y)   x > 0 ? y : 0, element by element
 // The activation is an ordinary argument: kernels pass a compile-time constant, which folds the
 // switch away, or a value that is uniform over the launch, which costs one predicted branch a
@@ -91,7 +92,8 @@ EFFNET_INLINE V activate_grad(Activation activation, V x) {
   return zero;
 }
 
-// activate(x), and its derivative in `grad`: those that are made of a sigmoid compute one.
+// activate(x) to its rounding, and its derivative in `grad`: those that are made of a sigmoid
+// compute one.
 template <class Math, class V>
 EFFNET_INLINE V activate_with_grad(Activation activation, V x, V& grad) {
   if (activation == Activation::silu || activation == Activation::sigmoid) {

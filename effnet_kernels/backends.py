@@ -225,7 +225,7 @@ def fastest_kernel(
 ) -> Callable[..., None]:
     """``kernel(backend, name)``, or Triton's for ``cuda`` where that measured faster.
 
-    From ``benchmarks/results/nvidia-h200``: matrix products, whole blocks and the gate, in
+    From ``benchmarks/results/nvidia-h200``: matrix products, Fused-MBConv and the gate, in
     inference on large tensors. Where ``cuda`` is demanded, it is CUDA C++ all through.
 
     Args:

@@ -127,11 +127,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
             if constexpr (kOther) raw_other[i] = load_vector<V>(at(other, offset));
           },
           [&](int i, int64_t offset) {
-            const Floats<V> x = unpack_halves<T, V>(raw[i]);
+            const Floats<V> x = unpack<T, V>(raw[i]);
             const Floats<V> v =
                 activate<Math<T, V>>(known, multiply_add(kFolded ? x : x - mean, scale, bias));
             if constexpr (kOther) {
-              const Floats<V> y = unpack_halves<T, V>(raw_other[i]);
+              const Floats<V> y = unpack<T, V>(raw_other[i]);
               if (gated_other != nullptr) {
                 sums[0] = multiply_add(v, y, sums[0]);
                 store(at(output, offset), v * factor);
@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
             raw_z[i] = load_vector<V>(at(z, offset));
           },
           [&](int i, int64_t) {
-            const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - gradient.mean;
-            const Floats<V> du = gradient(known, unpack_halves<T, V>(raw_g[i]), d);
+            const Floats<V> d = unpack<T, V>(raw_z[i]) - gradient.mean;
+            const Floats<V> du = gradient(known, unpack<T, V>(raw_g[i]), d);
             sums[0] = sums[0] + du;
             sums[1] = multiply_add(du, d, sums[1]);
           });
@@ -265,8 +265,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
           raw_z[i] = load_vector<V>(at(z, offset));
         },
         [&](int i, int64_t offset) {
-          const Floats<V> d = unpack_halves<T, V>(raw_z[i]) - gradient.mean;
-          const Floats<V> du = gradient(known, unpack_halves<T, V>(raw_g[i]), d);
+          const Floats<V> d = unpack<T, V>(raw_z[i]) - gradient.mean;
+          const Floats<V> du = gradient(known, unpack<T, V>(raw_g[i]), d);
           store(at(grad_input, offset),
                 multiply_add(slope, d, multiply_add(du, gradient.scale, constant)));
         });
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
       for_rows<kRowUnroll>(
           block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(input, offset)); },
           [&](int i, int64_t) {
-            const Floats<V> d = unpack_halves<T, V>(raw[i]) - origin;
+            const Floats<V> d = unpack<T, V>(raw[i]) - origin;
             sum = sum + d;
             square = multiply_add(d, d, square);
           });

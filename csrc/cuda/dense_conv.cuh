@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
     const ChannelNorm norm = i < a.out_channels ? channel_norm<T>(a.expand_bn, i) : ChannelNorm{};
     float* const pair = norms + i / 2 * 4 + i % 2;
     pair[0] = norm.scale;
-    pair[2] = norm.bias - norm.mean * norm.scale;
+    pair[2] = norm.shift();
   }
 
   // The weights; and where what the lane reads of a window is: words, and the halves of them that
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
           residual[i] =
               load_vector<V>(static_cast<const T*>(a.residual) + first_element + element[i]);
         }
+        __syncwarp();
       }
       float acc[N][4] = {};
       if constexpr (Sizes::kWords) {
@@ -291,10 +292,10 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
       } else {
         const char* const row = window(first + lane_place_a(lane).row);
         uint32_t words[2][4];  // of a step, and of the next one, which are on their way
-        load_matrices<false>(words[0], row + offsets[0]);
+        load_matrices(words[0], row + offsets[0]);
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
-          if (s + 1 < kSteps) load_matrices<false>(words[(s + 1) % 2], row + offsets[s + 1]);
+          if (s + 1 < kSteps) load_matrices(words[(s + 1) % 2], row + offsets[s + 1]);
           const uint32_t (&w)[4] = words[s % 2];
 #pragma unroll
           for (int n = 0; n < N; ++n) {
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
         if (first + rows[i] >= pixels) continue;
         Vector<T, V> z = load_vector<V>(reinterpret_cast<const T*>(results + result[i]));
         if (a.residual != nullptr) {
-          z = pack<T, V>(unpack_halves<T, V>(z) + unpack_halves<T, V>(residual[i]));
+          z = pack<T, V>(unpack<T, V>(z) + unpack<T, V>(residual[i]));
         }
         *reinterpret_cast<Vector<T, V>*>(static_cast<T*>(a.output) + first_element + element[i]) =
             z;

@@ -91,7 +91,7 @@ EFFNET_DEVICE void multiply_tap_row(Floats<N>& grad, Floats<Sizes::K * Sizes::L>
   Floats<L> w[K];
 #pragma unroll
   for (int j = 0; j < K; ++j) {
-    w[j] = unpack_halves<T, L>(load_vector<L>(filter + j * Sizes::kBlockChannels));
+    w[j] = unpack<T, L>(load_vector<L>(filter + j * Sizes::kBlockChannels));
   }
 #pragma unroll
   for (int d = 0; d < Sizes::kColumns; ++d) {
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         Floats<kColumns * L> z, u;
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> zero_mean = unpack_halves<T, L>(ahead_conv[d * kThreads]) - mean;
+          const Floats<L> zero_mean = unpack<T, L>(ahead_conv[d * kThreads]) - mean;
           set_slice(z, d, zero_mean);
           set_slice(u, d, multiply_add(zero_mean, scale, bias));
         }
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         const Floats<L> mean_du = constant(3), slope = constant(4);
 #pragma unroll
         for (int d = 0; d < kColumns; ++d) {
-          const Floats<L> du = (unpack_halves<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
+          const Floats<L> du = (unpack<T, L>(ahead[d * kThreads]) + pooled) * slice<L>(u, d);
           set_slice(dz, d, scale * (du - mean_du - slice<L>(z, d) * slope));
         }
         if (columns != kAllColumns) {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
         if (input_exists) {
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
-            set_slice(x, p, unpack_halves<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
+            set_slice(x, p, unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]));
           }
           if (has_prologue) {
             const Floats<L> scale = constant(5), shift = constant(6);
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__((BackwardSizes<T, L, K, S>::kThreads),
 #pragma unroll
           for (int p = 0; p < kStrip; ++p) {
             const Floats<L> y = slice<L>(grad, p);
-            const Floats<L> z = unpack_halves<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
+            const Floats<L> z = unpack<T, L>(ahead_input[(s * kStrip + p) * kThreads]);
             row_scale = multiply_add(y, z, row_scale);
             row_shift = row_shift + y;
             set_slice(grad, p, y * scale);

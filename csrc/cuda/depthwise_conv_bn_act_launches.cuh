@@ -6,8 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
-#include <type_traits>
+#include <initializer_list>
 
 #include "batch_norm_act.h"
 #include "depthwise_conv_backward.cuh"

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
       if constexpr (!kTraining) {
         const ChannelNorm norm = channel_norm<T>(a.bn, channel + l);
         scale[l] = norm.scale;
-        shift[l] = norm.bias - norm.mean * norm.scale;
+        shift[l] = norm.shift();
       }
     }
     source.begin();
@@ -290,7 +290,9 @@ __global__ void __launch_bounds__(kStripThreads, (kStripBlocks<K, S>))
       if (!kTraining && a.pooled != nullptr) {
         const int64_t part =
             ((first_n + image) * tiling.segments + segment) * tiling.strips + strip;
-        store(a.pooled + part * shape.channels + channel, pooled);
+        // Once an image: not aligned to two, as the tensors of pixels are.
+#pragma unroll
+        for (int l = 0; l < L; ++l) a.pooled[part * shape.channels + channel + l] = pooled[l];
       }
       out += (shape.out_h - rows) * out_row_stride;
     }

@@ -283,7 +283,7 @@ EFFNET_DEVICE void fill_scales(const BatchNorm& bn, int first, int count, int ch
   for (int i = threadIdx.x; i < count; i += Sizes::kThreads) {
     const ChannelNorm norm = first + i < channels ? channel_norm<T>(bn, first + i) : ChannelNorm{};
     scale[i] = norm.scale;
-    shift[i] = norm.bias - norm.mean * norm.scale;
+    shift[i] = norm.shift();
   }
 }
 

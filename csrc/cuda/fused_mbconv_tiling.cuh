@@ -52,8 +52,6 @@ class FusedCandidate {
   int64_t blocks() const { return blocks(best_); }
 
  private:
-  static int align(int x, int unit) { return (x + unit - 1) / unit * unit; }
-
   // All widths down to a fragment's, then a few.
   static int next_width(int width) { return width > 8 ? align(width, 8) - 8 : width / 2; }
 
@@ -211,8 +209,6 @@ class DenseCandidate {
   static constexpr int kMostPixels = 2048;  // of a tile of more than a row
   static constexpr int kMostWidth = 32768;  // for which row_factor is exact
 
-  static int align(int x, int unit) { return (x + unit - 1) / unit * unit; }
-
   // The filter's words and the lines of the halo; whether these sizes take them.
   bool fill_filter() {
     const ConvShape& s = a_.shape;
@@ -331,8 +327,8 @@ bool with_first_dense(const DeviceLimits& device, const FusedMbconv& a, const Bo
   return (take(DenseCandidate<T, Sizes>(device, a)) || ...);
 }
 
-// As with_fused_tile, for a convolution from few channels to few. Where all have vectors of them,
-// 16 bits wide, and sums are not wanted.
+// As with_fused_tile, for a convolution from few channels to few of 16 bits, where the output's
+// channels are whole vectors and sums are not wanted.
 template <class T, class Body>
 bool with_dense_tile(const DeviceLimits& device, const FusedMbconv& a, const Body& body) {
   if constexpr (sizeof(T) == 2) {

@@ -225,7 +225,7 @@ EFFNET_DEVICE void multiply_fragments(float (&acc)[kRowFragments][kColumnFragmen
   for (int n = 0; n < kColumnFragments; n += 2) {
     if (!kAll && n * 8 >= columns) break;
     uint32_t words_b[4];
-    load_matrices<false>(words_b, b + n * 8 * kTileRowBytes);
+    load_matrices(words_b, b + n * 8 * kTileRowBytes);
 #pragma unroll
     for (int m = 0; m < kRowFragments; ++m) {
       multiply_step<T>(acc[m][n], a[m], words_b[0], words_b[1], exact);
@@ -246,7 +246,7 @@ EFFNET_DEVICE void multiply_steps(float (&acc)[kRowFragments][kColumnFragments][
     if (!kAll && step * kStepDepth<T> >= depth) break;
     uint32_t words_a[kRowFragments][4];
 #pragma unroll
-    for (int m = 0; m < kRowFragments; ++m) load_matrices<false>(words_a[m], place_a(step, m));
+    for (int m = 0; m < kRowFragments; ++m) load_matrices(words_a[m], place_a(step, m));
     multiply_fragments<T, kAll>(acc, words_a, tile_step(b, step), columns, exact);
   }
 }

@@ -6,6 +6,7 @@
 namespace effnet::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int align(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 struct DeviceLimits {
   int multiprocessors = 0;

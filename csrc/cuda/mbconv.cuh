@@ -23,7 +23,6 @@
 // cache after that. Traffic: x read, d written.
 #pragma once
 
-#include "depthwise_window.cuh"
 #include "gemm.cuh"
 
 namespace effnet::cuda {
@@ -35,6 +34,34 @@ constexpr int kExpandStages = 3;  // at most
 // From pixel to pixel of the expanded tile: the eight rows of pixels that a warp writes a fragment
 // to are on different banks.
 constexpr int kExpandedPitch = kTileRowBytes + 16;
+
+// The depthwise convolution's multiply-adds: a thread's outputs are a patch, kPatchH x kPatchW
+// pixels of a few channels, and read a window of the input row by row.
+constexpr int kPatchW = 4;
+
+// Adds the products of a window's row `row`, x[column][channel], with w[tap][channel] to the sums
+// of the patch that they belong to, (kPatchH, kPatchW, L).
+template <int K, int S, int kPatchH, int L, int kCols>
+EFFNET_DEVICE void multiply_row(Floats<kPatchH * kPatchW * L>& acc, const Floats<L> (&x)[kCols],
+                                const float (&w)[K * K][L], int row) {
+  static_assert(kCols == (kPatchW - 1) * S + K);
+#pragma unroll
+  for (int r = 0; r < kPatchH; ++r) {
+    const int i = row - r * S;
+    if (i < 0 || i >= K) continue;
+#pragma unroll
+    for (int p = 0; p < kPatchW; ++p) {
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) {
+          float& sum = acc[(r * kPatchW + p) * L + l];
+          sum = fmaf(x[p * S + j][l], w[i * K + j][l], sum);
+        }
+      }
+    }
+  }
+}
 
 // What type, kernel size and stride fix.
 template <class T, int K, int S>
@@ -158,9 +185,9 @@ __global__ void __launch_bounds__(kExpandThreads, (ExpandSizes<T, K, S>::kBlocks
     if (lane < kNormChannels) {
       float* const constant = constants + of_block;
       constant[0] = expand.scale;
-      constant[Sizes::kChannels] = expand.bias - expand.mean * expand.scale;
+      constant[Sizes::kChannels] = expand.shift();
       constant[2 * Sizes::kChannels] = norm.scale;
-      constant[3 * Sizes::kChannels] = norm.bias - norm.mean * norm.scale;
+      constant[3 * Sizes::kChannels] = norm.shift();
     }
   }
 #pragma unroll

@@ -16,14 +16,13 @@ namespace effnet::cuda {
 // `products` pixels that exist; whether the block's memory is at most `most`.
 template <class Sizes>
 bool fill_layout(ExpandTiling& t, int chunks, int products, int most) {
-  const auto aligned = [](int bytes) { return (bytes + 15) / 16 * 16; };
   const int sums =
       t.images * t.patches_h * t.patches_w * Sizes::kChannels * static_cast<int>(sizeof(float));
   t.weight_stays = chunks <= t.stages;
   t.expand_weight = std::max(t.stages * Sizes::kStageBytes, sums);
   t.tile = t.expand_weight + std::min(chunks, t.stages) * Sizes::kExpandWeightBytes;
   t.pixels = t.tile + t.images * t.expanded_h * t.expanded_w * kExpandedPitch;
-  t.constants = aligned(t.pixels + products * static_cast<int>(sizeof(ExpandPixel)));
+  t.constants = align(t.pixels + products * static_cast<int>(sizeof(ExpandPixel)), 16);
   t.weights = t.constants + Sizes::kConstantBytes;
   t.bytes = t.weights + Sizes::kWeightBytes;
   return t.bytes <= most;

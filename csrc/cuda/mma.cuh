@@ -6,36 +6,18 @@
 
 namespace effnet::cuda {
 
-// Loads N 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the 16-byte row
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the 16-byte row
 // l % 8 of matrix l / 8; fragment[i] becomes the elements (r, 2q) and (r, 2q + 1) of matrix i, the
-// first in the lower half. Transposed: the elements (2q, r) and (2q + 1, r). A row may as well be
-// four float32: fragment[i] is then the element (r, q) of an 8 x 4 matrix.
-template <bool kTransposed, int N>
-EFFNET_DEVICE void load_matrices(uint32_t (&fragment)[N], const void* row) {
-  static_assert(N == 4 || (N == 1 && kTransposed), "other kinds are added where they are needed");
+// first in the lower half. A row may as well be four float32: fragment[i] is then the element
+// (r, q) of an 8 x 4 matrix.
+EFFNET_DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row) {
 #if defined(EFFNET_CUDA_EMULATOR)
-  if constexpr (N == 1) {
-    cuda_emulator::ldmatrix_x1_trans(fragment, row);
-  } else if constexpr (kTransposed) {
-    cuda_emulator::ldmatrix_x4_trans(fragment, row);
-  } else {
-    cuda_emulator::ldmatrix_x4(fragment, row);
-  }
+  cuda_emulator::ldmatrix_x4(fragment, row);
 #else
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (N == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(fragment[0])
-                 : "r"(address));
-  } else if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(address));
-  }
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address));
 #endif
 }
 

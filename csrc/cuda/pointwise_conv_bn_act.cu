@@ -139,20 +139,20 @@ struct Split : Cut {
 
 // The tiling of pointwise_expand_kernel: as few columns in vain as can be, and as many blocks on a
 // multiprocessor.
-ExpandTiling expand_tiling(const Device& device, const PointwiseInference& a) {
-  ExpandTiling best{};
+WideTiling wide_tiling(const Device& device, const PointwiseInference& a) {
+  WideTiling best{};
   double least = 0.;
-  for (int blocks = 1; blocks <= ceil_div(a.out_channels, kExpandColumns); ++blocks) {
-    ExpandTiling t{};
+  for (int blocks = 1; blocks <= ceil_div(a.out_channels, kWideColumns); ++blocks) {
+    WideTiling t{};
     t.rows = a.batch * a.pixels;
-    t.row_tiles = static_cast<int>(ceil_div(t.rows, kExpandRows));
+    t.row_tiles = static_cast<int>(ceil_div(t.rows, kWideRows));
     t.vectors = a.in_channels / 8;
     t.steps = static_cast<int>(ceil_div(a.in_channels, 16));
     t.pitch = (2 * t.steps + 1) * 16;
-    t.columns = static_cast<int>(ceil_div(ceil_div(a.out_channels, blocks), kExpandColumns)) *
-                kExpandColumns;
+    t.columns =
+        static_cast<int>(ceil_div(ceil_div(a.out_channels, blocks), kWideColumns)) * kWideColumns;
     t.column_blocks = static_cast<int>(ceil_div(a.out_channels, t.columns));
-    int resident = kExpandBlocks;
+    int resident = kWideBlocks;
     while (resident > 1 && t.shared_bytes() > device.shared_bytes(resident)) --resident;
     if (t.shared_bytes() > device.shared_bytes(1)) continue;
     // A block's rows come from L2, and fewer warps hide less.
@@ -171,10 +171,9 @@ ExpandTiling expand_tiling(const Device& device, const PointwiseInference& a) {
 // Whether pointwise_expand_kernel takes a call, and there is enough of it for the device.
 bool expands(const Device& device, const PointwiseInference& a) {
   return a.gate == nullptr && a.prologue.scale == nullptr && a.residual == nullptr &&
-         a.pooled == nullptr && a.in_channels <= kExpandMostChannels &&
-         a.out_channels > a.in_channels &&
-         a.batch * a.pixels >= 2 * kExpandRows * device.multiprocessors() &&
-         a.batch * a.pixels <= int64_t{kMostRows} * kExpandRows &&
+         a.pooled == nullptr && a.in_channels <= kWideMostChannels &&
+         a.out_channels > a.in_channels && a.batch * a.pixels >= 240 * device.multiprocessors() &&
+         a.batch * a.pixels <= int64_t{kMostRows} * kWideRows &&
          allows_vectors(a.in_channels, 8, {a.input, a.weight}) &&
          allows_vectors(a.out_channels, 8, {a.output});
 }
@@ -193,9 +192,9 @@ void pointwise_conv_bn_act_out(Tensor input, Tensor weight, Tensor mean, Tensor 
     const Device device(input);
     if constexpr (sizeof(T) == 2) {
       if (expands(device, a)) {
-        const ExpandTiling tiling = expand_tiling(device, a);
+        const WideTiling tiling = wide_tiling(device, a);
         const int64_t blocks = int64_t{tiling.row_blocks} * tiling.column_blocks;
-        return device.launch(pointwise_expand_kernel<T>, blocks, kExpandThreads,
+        return device.launch(pointwise_expand_kernel<T>, blocks, kWideThreads,
                              tiling.shared_bytes(), a, tiling);
       }
     }

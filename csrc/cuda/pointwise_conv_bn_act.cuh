@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
         exists ? channel_norm<T>(a.bn, place.first_column + static_cast<int>(threadIdx.x))
                : ChannelNorm{};
     scales[threadIdx.x] = norm.scale;
-    shifts[threadIdx.x] = norm.bias - norm.mean * norm.scale;
+    shifts[threadIdx.x] = norm.shift();
   }
 
   const T* const x = static_cast<const T*>(a.input) + place.first_row * channels;

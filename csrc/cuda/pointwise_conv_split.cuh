@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Sizes::kThreads, Sizes::kBlocks)
         lane_norm_value<T>(a.bn, lane, tile.first_column + min(column, tile.columns - 1)));
     if (lane < kNormChannels) {
       scales[column] = norm.scale;
-      shifts[column] = norm.bias - norm.mean * norm.scale;
+      shifts[column] = norm.shift();
     }
   }
   wait_for_copies();

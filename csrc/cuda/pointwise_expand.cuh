@@ -1,9 +1,9 @@
 // Pointwise convolution from few channels to many, as MBConv's expand is one: with 16-bit elements,
 // and nothing but BN and activation after it.
 //
-// Tile. A block keeps the weights of its columns (features) and walks over tiles of kExpandRows
+// Tile. A block keeps the weights of its columns (features) and walks over tiles of kWideRows
 // rows (pixels), the next of which is on its way while one is multiplied. All of a row's channels
-// are one slice. A warp has kExpandWarpRows rows and takes kExpandColumns columns at a time:
+// are one slice. A warp has kWideWarpRows rows and takes kWideColumns columns at a time:
 //
 //     x, 32 rows --+
 //                  +--> mma --> BN, activation --> output, 16 bytes a lane
@@ -24,37 +24,37 @@
 
 namespace effnet::cuda {
 
-constexpr int kExpandWarpRows = 2 * kFragmentRows;
-constexpr int kExpandColumns = 32;
-constexpr int kExpandThreads = 128;
-constexpr int kExpandRows = kExpandThreads / 32 * kExpandWarpRows;
-constexpr int kExpandBlocks = 4;  // that a multiprocessor is to hold
-constexpr int kExpandStages = 2;
-constexpr int kExpandMostChannels = 96;
+constexpr int kWideWarpRows = 2 * kFragmentRows;
+constexpr int kWideColumns = 32;
+constexpr int kWideThreads = 128;
+constexpr int kWideRows = kWideThreads / 32 * kWideWarpRows;
+constexpr int kWideBlocks = 4;  // that a multiprocessor is to hold
+constexpr int kWideStages = 2;
+constexpr int kWideMostChannels = 96;
 
 // How the output is cut. Block index: columns fastest, so that blocks that run together read the
 // same rows.
-struct ExpandTiling {
+struct WideTiling {
   int64_t rows;
   int row_tiles, row_blocks;  // a block's tiles are row_blocks apart
   int column_blocks;
-  int columns;  // of a block, a multiple of kExpandColumns
+  int columns;  // of a block, a multiple of kWideColumns
   int vectors;  // of a row of x, 16 bytes each
   int steps;    // of the product
   int pitch;    // of a row in shared memory, in bytes
 
   int shared_bytes() const {
-    return (kExpandStages * kExpandRows + columns) * pitch +
+    return (kWideStages * kWideRows + columns) * pitch +
            2 * columns * static_cast<int>(sizeof(float));
   }
 };
 
 // output[p, k] = activate(bn(sum over c of input[p, c] * weight[k, c])) for 16-bit T; C and K are
-// multiples of 8, C at most kExpandMostChannels, and all pointers aligned to 16 bytes.
+// multiples of 8, C at most kWideMostChannels, and all pointers aligned to 16 bytes.
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
+__global__ void __launch_bounds__(kWideThreads, kWideBlocks)
     pointwise_expand_kernel(const __grid_constant__ PointwiseInference a,
-                            const __grid_constant__ ExpandTiling tiling) {
+                            const __grid_constant__ WideTiling tiling) {
   static_assert(sizeof(T) == 2);
   constexpr int V = kTileVector<T>;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -65,24 +65,24 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
   const int pitch = tiling.pitch, vectors = tiling.vectors;
 
   char* const shared = reinterpret_cast<char*>(dynamic_shared_memory);
-  char* const weights = shared + kExpandStages * kExpandRows * pitch;
+  char* const weights = shared + kWideStages * kWideRows * pitch;
   float* const scales = reinterpret_cast<float*>(weights + tiling.columns * pitch);
   float* const shifts = scales + tiling.columns;
-  for (int i = thread; i < columns; i += kExpandThreads) {
+  for (int i = thread; i < columns; i += kWideThreads) {
     const ChannelNorm norm = channel_norm<T>(a.bn, first_column + i);
     scales[i] = norm.scale;
-    shifts[i] = norm.bias - norm.mean * norm.scale;
+    shifts[i] = norm.shift();
   }
   if (vectors < 2 * tiling.steps) {
     // What the last step takes beyond the channels; never copied, so it stays zero.
-    for (int i = thread; i < kExpandStages * kExpandRows + tiling.columns; i += kExpandThreads) {
+    for (int i = thread; i < kWideStages * kWideRows + tiling.columns; i += kWideThreads) {
       *reinterpret_cast<Vector<T, V>*>(shared + i * pitch + vectors * 16) = {};
     }
   }
 
-  // A thread copies every kExpandThreads-th vector of a matrix's rows, one row after the other.
+  // A thread copies every kWideThreads-th vector of a matrix's rows, one row after the other.
   const int thread_row = thread / vectors, thread_vector = thread % vectors;
-  const int row_step = kExpandThreads / vectors, vector_step = kExpandThreads % vectors;
+  const int row_step = kWideThreads / vectors, vector_step = kWideThreads % vectors;
   const auto for_vectors = [&](int rows, const auto& copy) {
     int row = thread_row, v = thread_vector;
     while (row < rows) {
@@ -97,39 +97,40 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
   };
   const T* const weight = static_cast<const T*>(a.weight);
   for_vectors(tiling.columns, [&](int row, int v) {
-    const int r = row % 8, j = row % kExpandColumns / 8;
-    const int column = row / kExpandColumns * kExpandColumns + r / 2 * 8 + j * 2 + r % 2;
+    const int r = row % 8, j = row % kWideColumns / 8;
+    const int column = row / kWideColumns * kWideColumns + r / 2 * 8 + j * 2 + r % 2;
     if (column >= columns) return;  // what is there instead goes to no result
     copy_async(weights + row * pitch + v * 16,
                weight + static_cast<int64_t>(first_column + column) * a.in_channels + v * V, 16);
   });
 
   const auto first_row = [&](int i) {
-    return (first_tile + static_cast<int64_t>(i) * tiling.row_blocks) * kExpandRows;
+    return (first_tile + static_cast<int64_t>(i) * tiling.row_blocks) * kWideRows;
   };
   const auto rows_of = [&](int i) {
-    return static_cast<int>(min(tiling.rows - first_row(i), int64_t{kExpandRows}));
+    return static_cast<int>(min(tiling.rows - first_row(i), int64_t{kWideRows}));
   };
   const auto load = [&](int i, int stage) {
     const T* const x = static_cast<const T*>(a.input) + first_row(i) * a.in_channels;
-    char* const tile = shared + stage * kExpandRows * pitch;
+    char* const tile = shared + stage * kWideRows * pitch;
     for_vectors(rows_of(i), [&](int row, int v) {
       copy_async(tile + row * pitch + v * 16, x + row * a.in_channels + v * V, 16);
     });
   };
 
   const LanePlace of_a = lane_place_a(lane), of_b = lane_place_b(lane);
-  const int warp_row = warp * kExpandWarpRows;
+  const int warp_row = warp * kWideWarpRows;
   const char* const lane_b = weights + of_b.row * pitch + of_b.v * 16;
   const auto multiply = [&](int i, int stage) {
     const int rows = rows_of(i) - warp_row - lane / 4;  // from the lane's first on
     if (rows_of(i) <= warp_row) return;
     const char* const lane_a =
-        shared + (stage * kExpandRows + warp_row + of_a.row) * pitch + of_a.v * 16;
+        shared + (stage * kWideRows + warp_row + of_a.row) * pitch + of_a.v * 16;
     T* const output = static_cast<T*>(a.output) +
                       (first_row(i) + warp_row + lane / 4) * a.out_channels + first_column;
 #pragma unroll 1
-    for (int group = 0; group < columns; group += kExpandColumns) {
+    for (int group = 0; group < columns; group += kWideColumns) {
+      __syncwarp();  // the lanes may have stored different rows
       float acc[2][4][4] = {};
       const char* const group_b = lane_b + group * pitch;
 #pragma unroll 2
@@ -137,8 +138,8 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
         uint32_t words_a[2][4], words_b[2][4];
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          load_matrices<false>(words_a[m], lane_a + m * kFragmentRows * pitch + step * kStepBytes);
-          load_matrices<false>(words_b[m], group_b + m * 16 * pitch + step * kStepBytes);
+          load_matrices(words_a[m], lane_a + m * kFragmentRows * pitch + step * kStepBytes);
+          load_matrices(words_b[m], group_b + m * 16 * pitch + step * kStepBytes);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kExpandThreads, kExpandBlocks)
     }
   };
   const int tiles = (tiling.row_tiles - first_tile + tiling.row_blocks - 1) / tiling.row_blocks;
-  for_chunks(tiles, kExpandStages, load, [](int, int) {}, multiply);
+  for_chunks(tiles, kWideStages, load, [](int, int) {}, multiply);
 }
 
 }  // namespace effnet::cuda

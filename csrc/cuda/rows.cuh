@@ -124,24 +124,6 @@ EFFNET_DEVICE void store_floats(float* p, const Floats<V>& x) {
   for (int i = 0; i < V / kWidth; ++i) store(p + i * kWidth, slice<kWidth>(x, i));
 }
 
-// As unpack, but with one instruction for every bfloat16: the upper half of a float32. For the
-// second of a pair, unpack takes two; kernels that are short of registers are scheduled worse with
-// this.
-template <class T, int V>
-EFFNET_DEVICE Floats<V> unpack_halves(const Vector<T, V>& raw) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && V > 1) {
-    Floats<V> y;
-#pragma unroll
-    for (int i = 0; i < V / 2; ++i) {
-      y[2 * i] = bit_cast<float>(raw.word[i] << 16);
-      y[2 * i + 1] = bit_cast<float>(raw.word[i] & 0xffff0000u);
-    }
-    return y;
-  } else {
-    return unpack<T, V>(raw);
-  }
-}
-
 // Calls result(i, totals) for each channel i of the block, in one thread each, where totals[k] is
 // the sum over the block's row lanes r of value(k, r, i). Nothing that value reads may still be
 // being written: there is a barrier first. `parts` threads a channel add some row lanes each, then

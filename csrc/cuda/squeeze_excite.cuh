@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
     if (other == nullptr) {
       for_rows<kRowUnroll>(
           block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(input, offset)); },
-          [&](int i, int64_t) { sums[0] = sums[0] + unpack_halves<T, V>(raw[i]); });
+          [&](int i, int64_t) { sums[0] = sums[0] + unpack<T, V>(raw[i]); });
     } else {
       for_rows<kRowUnroll>(
           block,
@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
             raw_other[i] = load_vector<V>(at(other, offset));
           },
           [&](int i, int64_t) {
-            sums[0] = multiply_add(unpack_halves<T, V>(raw[i]), unpack_halves<T, V>(raw_other[i]),
-                                   sums[0]);
+            sums[0] = multiply_add(unpack<T, V>(raw[i]), unpack<T, V>(raw_other[i]), sums[0]);
           });
     }
   }
@@ -66,17 +65,18 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<V>)
   for_rows<kRowUnroll>(
       block, [&](int i, int64_t offset) { raw[i] = load_vector<V>(at(input, offset)); },
       [&](int i, int64_t offset) {
-        store(at(output, offset), multiply_add(unpack_halves<T, V>(raw[i]), factor, term));
+        store(at(output, offset), multiply_add(unpack<T, V>(raw[i]), factor, term));
       });
 }
 
-// A block takes one image and the matrices from the L2 cache, which the images share.
+// Blocks take the matrices from the L2 cache, which the images share; in backward, a block takes
+// one image.
 constexpr int kGateThreads = 512;
 constexpr int kGateLanes = 128;  // most across the columns where rows are added up
 
 // Forward: the rows of a matrix, and the loads of a row, that a thread has in flight.
 constexpr int kReduceRows = 3, kReduceLoads = 5;
-constexpr int kExpandRows = 8, kExpandLoads = 1;
+constexpr int kExciteRows = 8, kExciteLoads = 1;
 
 // Backward.
 constexpr int kGateBlocks = 2;  // on a multiprocessor
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kGateThreads)
 
   float* const gate = static_cast<float*>(a.gate) + n * a.channels + first;
   for_gate_width<T>(tiling.expand_vector, [&](auto vector) {
-    multiply_rows<T, decltype(vector)::value, kExpandRows, kExpandLoads>(
+    multiply_rows<T, decltype(vector)::value, kExciteRows, kExciteLoads>(
         expand_weight, rows, a.squeezed, tiling.expand_lanes, activated, [] {},
         [&](int c, float sum) {
           gate[c] = activate_one(a.gate_activation,

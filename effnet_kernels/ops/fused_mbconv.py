@@ -277,9 +277,6 @@ def block_arguments(statistics: str) -> str:
 _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
 _NAMES = names_of(_ARGUMENTS)
 
-# Input channels from which on csrc/cuda/dense_conv.cuh leaves a convolution to the block's kernel.
-_DENSE_CHANNELS = 48
-
 
 def _empty_output(
     input: Tensor,
@@ -290,6 +287,11 @@ def _empty_output(
 ) -> Tensor:
     channels = (expand_weight if project_weight is None else project_weight).shape[0]
     return library.empty_image(input, channels, *output_hw(input, expand_weight, stride, padding))
+
+
+def _is_narrow(channels: int) -> bool:
+    """Whether csrc/cuda/dense_conv.cuh convolves so many channels; else the block's kernel does."""
+    return channels <= 3 or (channels % 8 == 0 and channels < 48)
 
 
 def _inference(
@@ -321,7 +323,7 @@ def _inference(
     )  # fmt: skip
     kernel = backends.fastest_kernel(
         backend, "fused_mbconv_out", input,
-        few_channels=project_weight is None and input.shape[1] < _DENSE_CHANNELS,
+        few_channels=project_weight is None and _is_narrow(input.shape[1]),
     )  # fmt: skip
     if reduce_weight is None:
         kernel(*expand, *project, added, allow_tf32, output, None)

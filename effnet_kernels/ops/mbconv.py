@@ -307,8 +307,8 @@ def block_arguments(statistics: str) -> str:
 _ARGUMENTS = f"{block_arguments('Tensor')}, bool residual, bool allow_tf32"
 _NAMES = names_of(_ARGUMENTS)
 
-# Most input channels that csrc/cuda/pointwise_expand.cuh takes.
-_EXPAND_CHANNELS = 96
+# What csrc/cuda/pointwise_expand.cuh takes at most (channels) and at least (pixels).
+_EXPAND_CHANNELS, _EXPAND_PIXELS = 96, 1 << 15
 
 
 def _empty_output(
@@ -320,6 +320,17 @@ def _empty_output(
 ) -> Tensor:
     height, width = output_hw(input, depthwise_weight, stride, padding)
     return library.empty_image(input, project_weight.shape[0], height, width)
+
+
+def _is_expansion(input: Tensor, channels: int) -> bool:
+    """Whether CUDA C++ has a kernel of its own for the expansion of ``input``."""
+    n, in_channels, height, width = input.shape
+    return (
+        in_channels <= _EXPAND_CHANNELS
+        and in_channels < channels
+        and in_channels % 8 == channels % 8 == 0
+        and n * height * width >= _EXPAND_PIXELS
+    )
 
 
 def _inference(
@@ -371,7 +382,7 @@ def _inference(
             expanded = library.empty_image(input, channels, height, width)
             kernel = backends.fastest_kernel(
                 backend, "pointwise_conv_bn_act_out", expanded,
-                few_channels=input.shape[1] <= _EXPAND_CHANNELS,
+                few_channels=_is_expansion(input, channels),
             )  # fmt: skip
             kernel(input, *expansion, None, None, 0, None, None, allow_tf32, expanded, None)
         backends.kernel(backend, "depthwise_conv_bn_act_out")(

@@ -231,7 +231,8 @@ def _inference(
     output, pooled = allocate(input, weight, pool)
     if output.numel() == 0:
         return output, pooled.zero_()
-    backends.kernel(backend, f"{OP}_out")(
+    larger = max(input, output, key=Tensor.numel)
+    backends.fastest_kernel(backend, f"{OP}_out", larger)(
         input, weight, mean, var, bn_weight, bn_bias, eps, activation,
         prologue_scale, prologue_shift, prologue_activation, gate, residual, allow_tf32,
         output, pooled if pool else None,

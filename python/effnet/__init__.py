@@ -4,19 +4,26 @@
 >>> model = effnet.create_model("efficientnet_b0", num_classes=10)
 
 ``variants`` has the tables, ``efficientnet`` the network, ``weights`` the names that other
-libraries have for its parameters, ``complexity`` what it costs.
+libraries have for its parameters, ``complexity`` what it costs, ``scaling`` how it and the networks
+of ``baselines`` grow.
 """
 
+from effnet.baselines import BASELINES, Baseline
 from effnet.complexity import Complexity, complexity
 from effnet.efficientnet import EfficientNet, Features, create_model, scale_channels, scale_stages
+from effnet.scaling import CompoundScaling, Scale, search_coefficients, single_axis
 from effnet.variants import VARIANTS, Stage, Variant
 from effnet.weights import from_timm, from_torchvision, to_timm, to_torchvision
 
 __all__ = [
+    "BASELINES",
     "VARIANTS",
+    "Baseline",
     "Complexity",
+    "CompoundScaling",
     "EfficientNet",
     "Features",
+    "Scale",
     "Stage",
     "Variant",
     "complexity",
@@ -25,6 +32,8 @@ __all__ = [
     "from_torchvision",
     "scale_channels",
     "scale_stages",
+    "search_coefficients",
+    "single_axis",
     "to_timm",
     "to_torchvision",
 ]

@@ -120,3 +120,12 @@ def test_demo_refuses_a_bad_checkpoint(kind: str, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1, result.stderr
     assert words in result.stderr
+
+
+def test_scaling_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plot's figures: a factor of about two a step, in whichever way."""
+    import scaling
+
+    monkeypatch.setattr(scaling, "STEPS", (0, 2))
+    for way, factors in scaling.growth("mobilenet_v2").items():
+        assert factors == pytest.approx([1, 4], rel=0.35), way

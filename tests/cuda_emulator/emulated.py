@@ -331,7 +331,7 @@ def test_pointwise_error_rule(
     check_pointwise(case, dtype, "cpu")
 
 
-EXPAND_CASES = [
+WIDE_CASES = [
     PointwiseCase(1, 16, 96, 17, 19),
     PointwiseCase(2, 24, 144, 17, 19, "relu6"),
     PointwiseCase(3, 40, 240, 11, 13, "hardswish", affine=False),
@@ -343,7 +343,7 @@ EXPAND_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", EXPAND_CASES, ids=str)
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
 @pytest.mark.parametrize("shared", [100, 228])
 def test_pointwise_expand(
     case: PointwiseCase, dtype: torch.dtype, shared: int, monkeypatch: pytest.MonkeyPatch
