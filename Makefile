@@ -35,7 +35,7 @@ $(VENV)/torch: .ci/constraints.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-build-isolation --editable '.[timm,bench,test]'
+	$(PIP) --no-build-isolation --editable '.[timm,effnet,bench,test]'
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ from effnet.baselines import BASELINES, Baseline
 from effnet.complexity import Complexity, complexity
 from effnet.efficientnet import EfficientNet, Features, create_model, scale_channels, scale_stages
 from effnet.scaling import CompoundScaling, Scale, search_coefficients, single_axis
-from effnet.variants import VARIANTS, Stage, Variant
+from effnet.variants import VARIANTS, Stage, Variant, variant
 from effnet.weights import from_timm, from_torchvision, to_timm, to_torchvision
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "single_axis",
     "to_timm",
     "to_torchvision",
+    "variant",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -183,6 +183,20 @@ def _initialise(module: nn.Module) -> None:
         nn.init.uniform_(module.weight, -bound, bound)
     if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+@overload
+def create_model(
+    name: str, num_classes: int = 1000, in_chans: int = 3, *, drop_rate: float | None = None,
+    drop_path_rate: float = 0.2, features_only: Literal[False] = False, **settings: Any,
+) -> EfficientNet: ...  # fmt: skip
+
+
+@overload
+def create_model(
+    name: str, num_classes: int = 1000, in_chans: int = 3, *, drop_rate: float | None = None,
+    drop_path_rate: float = 0.2, features_only: Literal[True], **settings: Any,
+) -> Features: ...  # fmt: skip
 
 
 def create_model(

@@ -1,0 +1,238 @@
+"""The command line: ``effnet models | predict | cam | export``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import effnet
+from effnet.checkpoints import classes_of, load_weights, read_weights
+
+_EXAMPLES = """\
+examples:
+  effnet models                                        the family, with what its members cost
+  effnet models efficientnet_b0 --measure              and how fast they are on this device
+  effnet predict cat.jpg --model efficientnet_b0 --weights b0.safetensors
+  effnet cam cat.jpg --model efficientnet_b0 --weights b0.safetensors --out cat.png
+  effnet export --model efficientnet_b0 --weights b0.safetensors --out b0.onnx
+"""
+_WEIGHTS = "a .safetensors file, or what torch.save wrote: of this package, timm or torchvision"
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="effnet", description="The EfficientNet family on fused kernels.", epilog=_EXAMPLES,
+        formatter_class=formatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    models = commands.add_parser(
+        "models", help="the family, with parameters, multiply-adds and resolution",
+        epilog="example: effnet models efficientnetv2_s --measure --batch 8",
+    )  # fmt: skip
+    models.add_argument("names", nargs="*", metavar="NAME", help="of models (default: all)")
+    models.add_argument("--measure", action="store_true", help="images a second on this device")
+    models.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
+    models.set_defaults(run=_models)
+
+    predict = commands.add_parser(
+        "predict", help="the likeliest classes of an image",
+        epilog="example: effnet predict cat.jpg --model efficientnet_b0 --weights b0.safetensors",
+    )  # fmt: skip
+    predict.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or the like")
+    _add_model(predict)
+    predict.add_argument("--classes", type=Path, metavar="FILE", help="their names, a line each")
+    predict.add_argument("--top", type=_positive, default=5, metavar="N", help="default: 5")
+    predict.set_defaults(run=_predict)
+
+    cam = commands.add_parser(
+        "cam", help="where models look: an image with a map of heat over it",
+        epilog="example, two models side by side: effnet cam cat.jpg --model efficientnet_b0 "
+        "efficientnet_b1 --weights b0.pt b1.pt --out cat.png",
+    )  # fmt: skip
+    cam.add_argument("image", metavar="IMAGE", help="a PNG, JPEG or the like")
+    _add_model(cam, several=True)
+    cam.add_argument("--class", dest="target", type=int, metavar="N", help="default: the likeliest")
+    cam.add_argument("--method", choices=("grad", "class"), default="grad", help="default: grad")
+    cam.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as cam.png")
+    cam.set_defaults(run=_cam)
+
+    export = commands.add_parser(
+        "export", help="a file for other runtimes: .onnx, or .pt2 of torch.export",
+        epilog="example: effnet export --model efficientnet_b0 --weights b0.pt --out b0.onnx",
+    )  # fmt: skip
+    _add_model(export)
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx or .pt2")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1 or more")
+    return value
+
+
+def _add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
+    parser.add_argument("--model", required=True, metavar="NAME", help="see effnet models", **many)
+    parser.add_argument("--weights", required=True, metavar="FILE", help=_WEIGHTS, **many)
+    parser.add_argument(
+        "--resolution", type=_positive, metavar="PIXELS", help="default: the model's own"
+    )
+    parser.add_argument(
+        "--tensorflow", action="store_true", help="weights of TensorFlow: same padding, eps 1e-3"
+    )
+
+
+def _load(name: str, path: str, arguments: argparse.Namespace) -> tuple[effnet.EfficientNet, int]:
+    """The model in evaluation mode with its weights, and its resolution."""
+    resolution = arguments.resolution or effnet.variant(name).resolution
+    weights = read_weights(path)
+    settings: dict[str, Any] = {"padding": "same", "eps": 1e-3} if arguments.tensorflow else {}
+    model = effnet.create_model(name, classes_of(weights), **settings)
+    load_weights(model, weights)
+    return model.eval(), resolution
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    names = arguments.names or list(effnet.VARIANTS)
+    variants = [effnet.variant(name) for name in names]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measured = f"  {'images/s':>9}" if arguments.measure else ""
+    print(f"{'model':20}{'parameters':>12}{'multiply-adds':>15}{'resolution':>12}{measured}")
+    for name, variant in zip(names, variants, strict=True):
+        with torch.device("meta"):
+            model = effnet.create_model(name)
+        cost = effnet.complexity(model, variant.resolution)
+        line = (
+            f"{name:20}{cost.parameters / 1e6:>10.1f} M{cost.multiply_adds / 1e9:>13.2f} G"
+            f"{variant.resolution:>12}"
+        )
+        if arguments.measure:
+            rate = _images_per_second(name, variant.resolution, arguments.batch, device)
+            line += f"  {rate:>9.3g}"
+        print(line, flush=True)
+    if arguments.measure:
+        print(f"batch {arguments.batch}, float32, fresh weights, on {device.type}")
+    return 0
+
+
+def _images_per_second(name: str, resolution: int, batch: int, device: torch.device) -> float:
+    """From the median of seven calls."""
+    model = effnet.create_model(name).eval().to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(batch, 3, resolution, resolution, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    times = []
+    with torch.no_grad():
+        for _ in range(9):
+            began = time.perf_counter()
+            model(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    return batch / sorted(times[2:])[3]
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from effnet.images import normalise, read_image
+
+    model, resolution = _load(arguments.model, arguments.weights, arguments)
+    image = normalise(read_image(arguments.image, resolution))
+    with torch.no_grad():
+        likely = model(image[None]).softmax(1)[0]
+    names = [f"class {i}" for i in range(len(likely))]
+    if arguments.classes is not None:
+        try:
+            names = arguments.classes.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"classes: {str(arguments.classes)!r} cannot be read") from error
+        if len(names) != len(likely):
+            raise ValueError(
+                f"classes: got {len(names)} lines, expected one for each of the "
+                f"{len(likely)} classes"
+            )
+    for share, index in zip(*likely.topk(min(arguments.top, len(likely))), strict=True):
+        print(f"{share:7.2%}  {names[int(index)]}")
+    return 0
+
+
+def _cam(arguments: argparse.Namespace) -> int:
+    from effnet.cam import activation_map
+    from effnet.images import normalise, overlay, read_image, write_image
+
+    if len(arguments.model) != len(arguments.weights):
+        raise ValueError(
+            f"weights: got {len(arguments.weights)} files for {len(arguments.model)} models, "
+            "expected one for each"
+        )
+    panels: list[torch.Tensor] = []
+    captions: list[str] = []
+    for name, path in zip(arguments.model, arguments.weights, strict=True):
+        model, resolution = _load(name, path, arguments)
+        classes = int(model.classifier.weight.shape[0])  # type: ignore[index]
+        if arguments.target is not None and not 0 <= arguments.target < classes:
+            raise ValueError(f"class: got {arguments.target}, expected 0 to {classes - 1}")
+        image = read_image(arguments.image, resolution)
+        images = normalise(image)[None]
+        with torch.no_grad():
+            likeliest = int(model(images).argmax())
+        target = likeliest if arguments.target is None else arguments.target
+        heat = activation_map(model, images, torch.tensor([target]), method=arguments.method)[0]
+        panel = overlay(image, heat)
+        # Side by side they are as large as the first.
+        side = panels[0].shape[1] if panels else resolution
+        panel = torch.nn.functional.interpolate(panel[None], (side, side), mode="bilinear")[0]
+        panels.append(panel)
+        captions.append(f"{name}, class {target}")
+    write_image(arguments.out, torch.cat(panels, 2), captions)
+    print(f"wrote {arguments.out}: {'; '.join(captions)}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from effnet.export import export, export_onnx
+
+    if arguments.out.suffix not in (".onnx", ".pt2"):
+        raise ValueError(
+            f"out: got {str(arguments.out)!r}, expected a name ending in .onnx or .pt2"
+        )
+    model, resolution = _load(arguments.model, arguments.weights, arguments)
+    if arguments.out.suffix == ".onnx":
+        export_onnx(model, arguments.out, resolution)
+    else:
+        torch.export.save(export(model, resolution), arguments.out)
+    print(f"wrote {arguments.out}, for images of {resolution} x {resolution}, any batch")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ValueError as error:
+        print(f"effnet: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"effnet: {error}; pip install 'effnet_kernels[effnet]' brings it", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`; nothing is left to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

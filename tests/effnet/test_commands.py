@@ -1,0 +1,243 @@
+"""The ``effnet`` command, and what it is made of: images, weights in files, maps, exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import effnet
+import numpy as np
+import pytest
+import torch
+from effnet.__main__ import main
+from effnet.cam import activation_map
+from effnet.export import export
+from effnet.images import normalise, overlay, read_image, write_image
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from stock_models import calibrate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = "efficientnet_b0"
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a real picture."""
+    path = tmp_path_factory.mktemp("images") / "flower.png"
+    Image.fromarray(load_sample_image("flower.jpg")).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> effnet.EfficientNet:
+    """Ten classes, with plausible statistics."""
+    torch.manual_seed(0)
+    model = effnet.create_model(MODEL, 10, drop_rate=0.0, drop_path_rate=0.0)
+    calibrate(model, (4, 3, 64, 64))
+    torch.nn.init.normal_(model.classifier.weight, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model: effnet.EfficientNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its weights in a file."""
+    path = tmp_path_factory.mktemp("weights") / "b0.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """The command's exit status, output and errors."""
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_read_image(photograph: Path) -> None:
+    """The centre, in [0, 1], as Pillow itself resizes it."""
+    image = read_image(photograph, 64)
+    assert image.shape == (3, 64, 64)
+    whole = Image.open(photograph)
+    side = round(min(whole.size) * 0.875)
+    left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    cropped = whole.crop((left, top, left + side, top + side)).resize((64, 64), 3)
+    expected = torch.tensor(np.asarray(cropped)).permute(2, 0, 1) / 255
+    assert (image - expected).abs().mean() < 0.01
+    assert normalise(torch.full((3, 1, 1), 0.485))[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_overlay(tmp_path: Path) -> None:
+    """Cold places keep the image, hot ones turn red; captions add a line."""
+    image = torch.full((3, 4, 8), 0.5)
+    heat = torch.zeros(4, 8)
+    heat[:, 4:] = 1
+    result = overlay(image, heat)
+    torch.testing.assert_close(result[:, :, :4], image[:, :, :4])
+    assert (result[0, :, 4:] > result[2, :, 4:] + 0.2).all()
+    write_image(tmp_path / "out.png", result, ["a", "b"])
+    assert Image.open(tmp_path / "out.png").size == (8, 4 + 16)
+
+
+@pytest.mark.parametrize("names", ["ours", "timm", "torchvision"])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_predict(
+    names: str, kind: str, model: effnet.EfficientNet, photograph: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The likeliest classes, from weights under any library's names."""
+    convert: Any = {"timm": effnet.to_timm, "torchvision": effnet.to_torchvision}.get(
+        names, effnet.EfficientNet.state_dict
+    )
+    path = tmp_path / f"weights.{kind}"
+    tensors = {name: tensor.contiguous() for name, tensor in convert(model).items()}
+    save_file(tensors, path) if kind == "safetensors" else torch.save(tensors, path)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(f"thing {i}" for i in range(10)))
+    status, out, _ = run(
+        capsys, "predict", photograph, "--model", MODEL, "--weights", path,
+        "--resolution", 64, "--classes", labels, "--top", 3,
+    )  # fmt: skip
+    assert status == 0
+    with torch.no_grad():
+        likely = model(normalise(read_image(photograph, 64))[None]).softmax(1)[0]
+    values, indices = likely.topk(3)
+    expected = [
+        f"{v:7.2%}  thing {i}" for v, i in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+    assert out.splitlines() == expected
+
+
+def test_maps(model: effnet.EfficientNet) -> None:
+    """Both methods agree here, have the class's own weights in them, and end at 1."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 96, 64)
+    grad = activation_map(model, images)
+    assert grad.shape == (2, 96, 64)
+    assert grad.min() >= 0
+    assert grad.amax((1, 2)).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(
+        activation_map(model, images, method="class"), grad, rtol=1e-3, atol=1e-4
+    )
+    with torch.no_grad():
+        logits = model(images)
+        features = model.forward_features(images)
+    first = activation_map(model, images, torch.tensor([3, 3]))
+    assert not torch.allclose(first, grad)
+    heat = torch.einsum("nchw,c->nhw", features, model.classifier.weight[3]).relu()
+    largest = heat.flatten(1).argmax(1)
+    rows, columns = largest // heat.shape[2], largest % heat.shape[2]
+    for n in range(2):
+        peak = first[n, int(rows[n]) * 32 : int(rows[n]) * 32 + 32]
+        assert peak[:, int(columns[n]) * 32 : int(columns[n]) * 32 + 32].max() == 1
+    assert logits.shape == (2, 10)
+    with pytest.raises(ValueError, match="method: got 'score'"):
+        activation_map(model, images, method="score")
+    with pytest.raises(ValueError, match="without a classifier"):
+        activation_map(effnet.create_model(MODEL, 0), images)
+
+
+def test_cam_side_by_side(
+    weights: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture a model, with captions."""
+    out = tmp_path / "cam.png"
+    status, text, _ = run(
+        capsys, "cam", photograph, "--model", MODEL, MODEL, "--weights", weights, weights,
+        "--resolution", 64, "--class", 2, "--out", out,
+    )  # fmt: skip
+    assert status == 0
+    assert f"{MODEL}, class 2; {MODEL}, class 2" in text
+    picture = Image.open(out)
+    assert picture.size == (128, 64 + 16)
+    left, right = picture.crop((0, 0, 64, 64)), picture.crop((64, 0, 128, 64))
+    assert left.tobytes() == right.tobytes()
+
+
+def test_export(
+    model: effnet.EfficientNet, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime and torch.export give the same logits for other batches, on stock ops."""
+    ort = pytest.importorskip("onnxruntime")
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    program = export(model, 64)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("effnet" in target for target in targets)
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-3, atol=1e-4)
+    out = tmp_path / "b0.onnx"
+    status, text, _ = run(
+        capsys, "export", "--model", MODEL, "--weights", weights, "--resolution", 64,
+        "--out", out,
+    )  # fmt: skip
+    assert status == 0
+    assert "any batch" in text
+    session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line each, measured on demand."""
+    status, out, _ = run(capsys, "models")
+    assert status == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(effnet.VARIANTS)
+    assert lines[1].split()[1:] == ["5.3", "M", "0.39", "G", "224"]
+    status, out, _ = run(capsys, "models", MODEL, "--measure")
+    assert status == 0
+    assert float(out.splitlines()[1].split()[-1]) > 0
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command has an example."""
+    for words in ([], ["models"], ["predict"], ["cam"], ["export"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        assert "example" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(
+    weights: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong, and what is right instead."""
+    text = tmp_path / "notes.txt"
+    text.write_text("no image, no weights")
+    common = ("--model", MODEL, "--weights", weights, "--resolution", 64)
+    cases = [
+        (("predict", tmp_path / "gone.png", *common), "image: there is no file"),
+        (("predict", text, *common), "expected a PNG, JPEG or the like"),
+        (
+            ("predict", photograph, "--model", "efficientnet_b9", "--weights", weights),
+            "the nearest are efficientnet_b8",
+        ),
+        (
+            ("predict", photograph, "--model", "efficientnet_b1", "--weights", weights),
+            "is it another variant's?",
+        ),
+        (
+            ("predict", photograph, "--model", MODEL, "--weights", text),
+            "expected a .safetensors file or what torch.save wrote",
+        ),
+        (
+            ("predict", photograph, "--model", MODEL, "--weights", tmp_path / "gone.pt"),
+            "weights: there is no file",
+        ),
+        (("predict", photograph, *common, "--classes", text), "expected one for each of the 10"),
+        (
+            ("cam", photograph, *common, "--class", 10, "--out", tmp_path / "o.png"),
+            "class: got 10, expected 0 to 9",
+        ),
+        (("cam", photograph, *common, "--out", tmp_path / "o.what"), "such as out.png"),
+        (("export", *common, "--out", tmp_path / "o.pb"), "ending in .onnx or .pt2"),
+        (("models", "resnet50"), "there is no model 'resnet50'"),
+    ]
+    for words, message in cases:
+        status, _, err = run(capsys, *words)
+        assert status == 2, words
+        assert err.startswith("effnet: ")
+        assert err.count("\n") == 1, err
+        assert message in err, err
