@@ -1,4 +1,4 @@
-"""The command line: ``effnet models | predict | cam | export``."""
+"""The command line: ``effnet models | predict | cam | export | search``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import effnet
+from effnet import search
 from effnet.checkpoints import classes_of, load_weights, read_weights
 
 _EXAMPLES = """\
@@ -22,6 +23,7 @@ examples:
   effnet predict cat.jpg --model efficientnet_b0 --weights b0.safetensors
   effnet cam cat.jpg --model efficientnet_b0 --weights b0.safetensors --out cat.png
   effnet export --model efficientnet_b0 --weights b0.safetensors --out b0.onnx
+  effnet search --model efficientnetv2_s --most-parameters 20   MBConv or Fused-MBConv, by stage
 """
 _WEIGHTS = "a .safetensors file, or what torch.save wrote: of this package, timm or torchvision"
 
@@ -72,6 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(export)
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx or .pt2")
     export.set_defaults(run=_export)
+
+    search = commands.add_parser(
+        "search", help="MBConv or Fused-MBConv for each stage, as measured on this device",
+        epilog="example: effnet search --model efficientnetv2_s --batch 8 --plot stages.png",
+    )  # fmt: skip
+    search.add_argument("--model", default="efficientnetv2_s", metavar="NAME",
+                        help="whose table is varied (default: efficientnetv2_s)")  # fmt: skip
+    search.add_argument(
+        "--resolution", type=_positive, metavar="PIXELS", help="default: the model's own"
+    )
+    search.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
+    search.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="default: float32")  # fmt: skip
+    search.add_argument("--most-parameters", type=float, metavar="MILLIONS",
+                        help="of all stages: the fastest table that has no more")  # fmt: skip
+    search.add_argument("--most-milliseconds", type=float, metavar="MS",
+                        help="of an image in all stages: the smallest table in that time")  # fmt: skip
+    search.add_argument("--seconds", type=float, default=1.0, metavar="S",
+                        help="of sampling for each stage (default: 1)")  # fmt: skip
+    search.add_argument("--plot", type=Path, metavar="FILE", help="such as stages.png")
+    search.set_defaults(run=_search)
     return parser
 
 
@@ -214,6 +237,64 @@ def _export(arguments: argparse.Namespace) -> int:
         torch.export.save(export(model, resolution), arguments.out)
     print(f"wrote {arguments.out}, for images of {resolution} x {resolution}, any batch")
     return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    variant = effnet.variant(arguments.model)
+    resolution = arguments.resolution or variant.resolution
+    stages = effnet.scale_stages(variant.stages, variant.width, variant.depth, variant.least)
+    measured = search.measure(
+        stages,
+        resolution,
+        stem_channels=effnet.scale_channels(variant.stem, variant.width, variant.least),
+        batch=arguments.batch,
+        dtype=getattr(torch, arguments.dtype),
+        seconds=arguments.seconds,
+    )
+    millions, milliseconds = arguments.most_parameters, arguments.most_milliseconds
+    chosen = search.choose(
+        measured,
+        most_seconds=None if milliseconds is None else milliseconds / 1e3,
+        most_parameters=None if millions is None else round(millions * 1e6),
+    )
+    print(f"{'stage':28}{'MBConv':>22}{'Fused-MBConv':>22}{'faster':>8}  chosen")
+    for costs, stage in zip(measured, chosen, strict=True):
+        cells = (
+            f"{cost.seconds * 1e3:8.3f} ms {cost.parameters / 1e6:7.2f} M"
+            for cost in (costs.mbconv, costs.fused)
+        )
+        ratio = costs.mbconv.seconds / costs.fused.seconds
+        shape = f"{stage.layers} x {stage.channels} at {costs.resolution}, expand {stage.expand}"
+        first, second = cells
+        way = "fused" if stage.fused else "mbconv"
+        print(f"{shape:28}{first:>22}{second:>22}{ratio:>7.2f}x  {way}")
+    if arguments.plot is not None:
+        _plot_search(measured, arguments.plot)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def _plot_search(measured: Sequence[search.StageCosts], path: Path) -> None:
+    """Bars of both ways, a group a stage."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for offset, label in ((-0.2, "mbconv"), (0.2, "fused")):
+        times = [getattr(costs, label).seconds * 1e3 for costs in measured]
+        axes.bar([i + offset for i in range(len(measured))], times, 0.4, label=label)
+    labels = [f"{costs.stage.channels}\nat {costs.resolution}" for costs in measured]
+    axes.set_xticks(range(len(measured)), labels)
+    axes.set_xlabel("channels of the stage, side of its output")
+    axes.set_ylabel("ms an image")
+    axes.legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=100)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"plot: {str(path)!r} cannot be written; expected a name such as stages.png in a "
+            "folder that exists"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,9 @@ The blocks are ``effnet_kernels.layers``' modules, each one op of the library.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch.nn.functional as F
@@ -38,6 +39,32 @@ def scale_stages(
         )
         for stage in stages
     )
+
+
+def stage_blocks(
+    stage: Stage, in_channels: int, drop_paths: Iterable[float] = (), **settings: Any
+) -> list[nn.Module]:
+    """The blocks of a stage.
+
+    Args:
+        stage: of the table.
+        in_channels: of the first block; the others have the stage's.
+        drop_paths: the blocks' rates of stochastic depth, as far as they go; then 0.
+        settings: the others of ``FusedMBConv`` and ``MBConv``.
+    """
+    blocks: list[nn.Module] = []
+    rates = itertools.chain(drop_paths, itertools.repeat(0.0))
+    for layer in range(stage.layers):
+        block: Any = FusedMBConv if stage.fused else MBConv
+        blocks.append(
+            block(
+                in_channels, stage.channels, stage.expand, stage.kernel_size,
+                stage.stride if layer == 0 else 1, squeezed=round(in_channels * stage.squeeze),
+                drop_path=next(rates), **settings,
+            )
+        )  # fmt: skip
+        in_channels = stage.channels
+    return blocks
 
 
 class EfficientNet(nn.Module):
@@ -82,23 +109,13 @@ class EfficientNet(nn.Module):
         self.stem = FusedMBConv(
             in_chans, stem_channels, expand_ratio=1, stride=stem_stride, **common
         )
-        channels, built = stem_channels, 0
         total = sum(stage.layers for stage in stages)
+        rates = iter([drop_path_rate * i / total for i in range(total)])
+        channels = stem_channels
         self.stages = nn.ModuleList()
         for stage in stages:
-            blocks = []
-            for layer in range(stage.layers):
-                block: Any = FusedMBConv if stage.fused else MBConv
-                blocks.append(
-                    block(
-                        channels, stage.channels, stage.expand, stage.kernel_size,
-                        stage.stride if layer == 0 else 1,
-                        squeezed=round(channels * stage.squeeze),
-                        drop_path=drop_path_rate * built / total, **common,
-                    )
-                )  # fmt: skip
-                channels, built = stage.channels, built + 1
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(nn.Sequential(*stage_blocks(stage, channels, rates, **common)))
+            channels = stage.channels
         self.head = PointwiseConvBnAct(channels, head_channels, eps=eps, momentum=momentum)
         self.drop_rate = drop_rate
         self.classifier = nn.Linear(head_channels, num_classes) if num_classes else nn.Identity()
