@@ -10,10 +10,12 @@ of them is not what the results say.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from effnet_kernels.bench import peers
 from effnet_kernels.bench.results import Group, Results, Row, groups, read
@@ -354,7 +356,44 @@ def performance(directory: Path) -> str:
         parts += [f"## {runs[0].environment['device']}", ""]
         parts += [f"- {_described(run)}" for run in runs]
         parts += ["", *summary, "", *details, ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, *_networks(directory)])
+
+
+def _networks(directory: Path) -> list[str]:
+    """The family beside other networks, of each device that measured them."""
+    parts: list[str] = []
+    for path in sorted(directory.glob("*/networks/networks.json")):
+        report = json.loads(path.read_text())
+        environment = report["environment"]
+        parts += [
+            f"## Beside other networks, on {environment['device']}", "",
+            f"Inference, float32, batch {report['batch']}, {environment['threads']} threads, torch "
+            f"{environment['torch']}, {environment['date'][:10]}: medians of calls in turns.",
+            "`stock` is timm's in eager PyTorch, channels-last, `ours` the same `prepare`d, or",
+            "`convert`ed on a GPU. Accuracies are those of arXiv:1905.11946 and arXiv:2104.00298.",
+            "", networks_table(report), "",
+        ]  # fmt: skip
+    return parts
+
+
+def networks_table(report: dict[str, Any]) -> str:
+    """What ``networks.py`` measured, as Markdown."""
+    lines = [
+        "| network | top-1, published | parameters | multiply-adds | stock, images/s | "
+        "ours, images/s | ours over ResNet-50 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    rates = {row["name"]: row["images_per_second"] for row in report["rows"]}
+    baseline = rates.get("resnet50", {}).get("stock")
+    for row in report["rows"]:
+        stock, ours = rates[row["name"]]["stock"], rates[row["name"]].get("ours")
+        ratio = f"{(ours or stock) / baseline:.2f}x" if baseline else "-"
+        lines.append(
+            f"| {row['name']} at {row['resolution']} | {row['accuracy']:.1f} % | "
+            f"{row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G | {stock:.3g} | "
+            f"{'-' if ours is None else f'{ours:.3g}'} | {ratio} |"
+        )
+    return "\n".join(lines)
 
 
 def _described(run: Results) -> str:

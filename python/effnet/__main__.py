@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--most-parameters", type=float, metavar="MILLIONS",
                         help="of all stages: the fastest table that has no more")  # fmt: skip
     search.add_argument("--most-milliseconds", type=float, metavar="MS",
-                        help="of an image in all stages: the smallest table in that time")  # fmt: skip
+                        help="of an image in all stages: the smallest table so fast")  # fmt: skip
     search.add_argument("--seconds", type=float, default=1.0, metavar="S",
                         help="of sampling for each stage (default: 1)")  # fmt: skip
     search.add_argument("--plot", type=Path, metavar="FILE", help="such as stages.png")

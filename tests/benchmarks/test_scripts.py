@@ -129,3 +129,24 @@ def test_scaling_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "STEPS", (0, 2))
     for way, factors in scaling.growth("mobilenet_v2").items():
         assert factors == pytest.approx([1, 4], rel=0.35), way
+
+
+def test_networks() -> None:
+    """Stock and ours of each network, and the table that is drawn of them."""
+    import networks
+    import readme
+
+    small = (
+        networks.Network("resnet18", 32, 69.8),
+        networks.Network("efficientnet_b0", 32, 77.1, True),
+    )
+    rows = networks.measure(small, 1, torch.device("cpu"), 0.01)
+    assert [sorted(row["images_per_second"]) for row in rows] == [["stock"], ["ours", "stock"]]
+    assert rows[1]["parameters"] == 5_288_548
+    rows[0]["name"] = "resnet50"
+    rows[0]["images_per_second"]["stock"] = 10.0
+    rows[1]["images_per_second"] = {"stock": 15.0, "ours": 40.0}
+    lines = readme.networks_table({"rows": rows}).splitlines()
+    assert lines[2].startswith("| resnet50 at 32 | 69.8 % | 11.7 M |")
+    assert lines[2].endswith("| 10 | - | 1.00x |")
+    assert lines[3].endswith("| 15 | 40 | 4.00x |")
