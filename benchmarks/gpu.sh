@@ -147,8 +147,8 @@ part_models() {
 
 part_ncu() {
   need ncu || return
-  local ours="depthwise_conv|expand_depthwise|pointwise_conv|squeeze_excite|channel_s"
-  ours+="|batch_norm_act|batch_statistics|reduce_partials"
+  local ours="dense_conv|depthwise_conv|expand_depthwise|fused_mbconv|pointwise_|squeeze_excite"
+  ours+="|channel_s|batch_norm_act|batch_statistics|reduce_partials"
   limited ncu --clock-control none --kernel-name "regex:$ours" --launch-count 80 \
     --section SpeedOfLight --section LaunchStats --section Occupancy --csv --page details \
     --log-file "$OUT/ncu.csv" python3 benchmarks/exercise.py model --backend cuda || return
