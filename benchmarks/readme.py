@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -356,7 +357,7 @@ def performance(directory: Path) -> str:
         parts += [f"## {runs[0].environment['device']}", ""]
         parts += [f"- {_described(run)}" for run in runs]
         parts += ["", *summary, "", *details, ""]
-    return "\n".join([*parts, *_networks(directory)])
+    return "\n".join([*parts, *_networks(directory), *_progressive(directory)])
 
 
 def _networks(directory: Path) -> list[str]:
@@ -374,6 +375,39 @@ def _networks(directory: Path) -> list[str]:
             "", networks_table(report), "",
         ]  # fmt: skip
     return parts
+
+
+def _progressive(directory: Path) -> list[str]:
+    """Progressive learning beside training at one size, of each device that measured it."""
+    parts: list[str] = []
+    for path in sorted(directory.glob("*/training/progressive.json")):
+        report = json.loads(path.read_text())
+        environment = report["environment"]
+        parts += [
+            f"## Progressive learning, on {environment['device']}", "",
+            f"A small EfficientNet on scikit-learn's digits, {report['epochs']} epochs,",
+            f"{environment['threads']} threads, torch {environment['torch']}, "
+            f"{environment['date'][:10]}: `effnet.training`, the two in turns, seed by seed.",
+            "", progressive_table(report), "",
+        ]  # fmt: skip
+    return parts
+
+
+def progressive_table(report: dict[str, Any]) -> str:
+    """What ``progressive.py`` measured, as Markdown."""
+    lines = [
+        "| training | resolutions | runs | seconds, median | accuracy, mean (least) |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for name, runs in report["runs"].items():
+        seconds = statistics.median(run[0] for run in runs)
+        accuracies = [run[1] for run in runs]
+        sizes = ", ".join(map(str, report["resolutions"][name]))
+        lines.append(
+            f"| {name} | {sizes} | {len(runs)} | {seconds:.1f} | "
+            f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}) |"
+        )
+    return "\n".join(lines)
 
 
 def networks_table(report: dict[str, Any]) -> str:

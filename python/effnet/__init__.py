@@ -12,11 +12,12 @@ from effnet.baselines import BASELINES, Baseline
 from effnet.complexity import Complexity, complexity
 from effnet.efficientnet import EfficientNet, Features, create_model, scale_channels, scale_stages
 from effnet.scaling import CompoundScaling, Scale, search_coefficients, single_axis
-from effnet.variants import VARIANTS, Stage, Variant, variant
+from effnet.variants import HEAD_CHANNELS, VARIANTS, Stage, Variant, variant
 from effnet.weights import from_timm, from_torchvision, to_timm, to_torchvision
 
 __all__ = [
     "BASELINES",
+    "HEAD_CHANNELS",
     "VARIANTS",
     "Baseline",
     "Complexity",

@@ -1,4 +1,4 @@
-"""The command line: ``effnet models | predict | cam | export | search``."""
+"""The command line: ``effnet models | train | finetune | predict | cam | export | search``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ import torch
 
 import effnet
 from effnet import search
-from effnet.checkpoints import classes_of, load_weights, read_weights
+from effnet.augment import Strength
+from effnet.checkpoints import classes_of, load_features, load_weights, read_weights
+from effnet.data import TORCHVISION
+from effnet.data import load as load_data
+from effnet.training import OPTIMIZERS, Phase, Recipe, Step, Trainer, progressive
 
 _EXAMPLES = """\
 examples:
   effnet models                                        the family, with what its members cost
   effnet models efficientnet_b0 --measure              and how fast they are on this device
+  effnet train --data digits --resolution 32 --out runs/digits      offline, in a few minutes
   effnet predict cat.jpg --model efficientnet_b0 --weights b0.safetensors
   effnet cam cat.jpg --model efficientnet_b0 --weights b0.safetensors --out cat.png
   effnet export --model efficientnet_b0 --weights b0.safetensors --out b0.onnx
   effnet search --model efficientnetv2_s --most-parameters 20   MBConv or Fused-MBConv, by stage
 """
+_TRAIN_EXAMPLES = """\
+examples:
+  effnet train --data digits --resolution 32 --width 0.25 --stem-stride 1 --out runs/digits
+  effnet train --data folder --root flowers --model efficientnetv2_s --resolution 300 \\
+      --progressive 128 --mixup 0.2 --amp bfloat16 --ema 0.999 --out runs/flowers
+  effnet train ... --resume                            after an interruption, with the same options
+  torchrun --nproc-per-node 4 -m effnet train ...      on four GPUs
+"""
+_FINETUNE_EXAMPLES = """\
+example:
+  effnet finetune --data Flowers102 --download --model efficientnet_b0 --weights b0.safetensors \\
+      --epochs 20 --lr 1e-3 --amp bfloat16 --out runs/flowers
+"""
+_TENSORFLOW: dict[str, Any] = {"padding": "same", "eps": 1e-3}
 _WEIGHTS = "a .safetensors file, or what torch.save wrote: of this package, timm or torchvision"
 
 
@@ -44,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--measure", action="store_true", help="images a second on this device")
     models.add_argument("--batch", type=_positive, default=1, metavar="N", help="default: 1")
     models.set_defaults(run=_models)
+
+    _add_train(commands)
+    _add_finetune(commands)
 
     predict = commands.add_parser(
         "predict", help="the likeliest classes of an image",
@@ -98,6 +120,92 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="trains a model, or goes on with one that was interrupted",
+        epilog=_TRAIN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_training(train)
+    train.set_defaults(run=_train, weights=None, layer_decay=1.0, frozen_norms=False)
+
+
+def _add_finetune(commands: Any) -> None:
+    finetune = commands.add_parser(
+        "finetune", help="trains a model that was pretrained, for other classes",
+        epilog=_FINETUNE_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_training(finetune)
+    option = finetune.add_argument
+    option("--weights", required=True, metavar="FILE", help=_WEIGHTS)
+    option("--tensorflow", action="store_true",
+           help="weights of TensorFlow: same padding, eps 1e-3")  # fmt: skip
+    option("--layer-decay", type=float, default=0.8, metavar="X",
+           help="learning rate of a block over the next one's (default: 0.8)")  # fmt: skip
+    option("--train-norms", dest="frozen_norms", action="store_false",
+           help="let BN learn new statistics (default: it keeps the pretrained ones)")  # fmt: skip
+    finetune.set_defaults(run=_train)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option(
+        "--data",
+        required=True,
+        metavar="NAME",
+        help=f"digits (offline), folder, {', '.join(TORCHVISION)}",
+    )
+    option("--root", type=Path, default=Path("data"), metavar="FOLDER", help="default: data")
+    option("--download", action="store_true", help="fetch torchvision's where it is not there")
+    option(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="of checkpoint.pt, log.csv and weights.pt",
+    )
+    option("--resume", action="store_true", help="go on from the checkpoint in --out")
+    option("--model", default="efficientnet_b0", metavar="NAME", help="default: efficientnet_b0")
+    option("--depth", type=float, default=1.0, metavar="X", help="times the model's (default: 1)")
+    option("--width", type=float, default=1.0, metavar="X", help="times the model's (default: 1)")
+    option("--stem-stride", type=int, choices=(1, 2), default=2, help="1 suits small images")
+    option("--resolution", type=_positive, metavar="PIXELS", help="default: the model's own")
+    option(
+        "--progressive",
+        type=_positive,
+        metavar="PIXELS",
+        help="begin with images of this size and weak regularisation, in --phases",
+    )
+    option(
+        "--phases",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="of progressive learning (default: 4)",
+    )
+    option("--epochs", type=_positive, default=10, metavar="N", help="default: 10")
+    option(
+        "--batch",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="images a step and process (default: 64)",
+    )
+    option("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
+    option("--lr", type=float, default=2e-3, help="the highest (default: 0.002)")
+    option("--weight-decay", type=float, default=0.02, help="default: 0.02")
+    option("--label-smoothing", type=float, default=0.1, help="default: 0.1")
+    option("--ema", type=float, default=0.0, help="decay of averaged weights (default: 0, none)")
+    option("--amp", choices=("bfloat16", "float16"), help="autocast (default: none)")
+    option("--drop-rate", type=float, default=0.2, help="default: 0.2")
+    option("--drop-path-rate", type=float, default=0.2, help="default: 0.2")
+    option("--magnitude", type=float, default=0.3, help="of augmentation, 0 to 1 (default: 0.3)")
+    option("--mixup", type=float, default=0.0, help="default: 0, none")
+    option("--cutmix", type=float, default=0.0, help="default: 0, none")
+    option("--checkpointing", action="store_true", help="less memory, more time")
+    option("--workers", type=int, default=0, metavar="N", help="that load images (default: 0)")
+    option("--seed", type=int, default=0, help="default: 0")
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -121,7 +229,7 @@ def _load(name: str, path: str, arguments: argparse.Namespace) -> tuple[effnet.E
     """The model in evaluation mode with its weights, and its resolution."""
     resolution = arguments.resolution or effnet.variant(name).resolution
     weights = read_weights(path)
-    settings: dict[str, Any] = {"padding": "same", "eps": 1e-3} if arguments.tensorflow else {}
+    settings = _TENSORFLOW if arguments.tensorflow else {}
     model = effnet.create_model(name, classes_of(weights), **settings)
     load_weights(model, weights)
     return model.eval(), resolution
@@ -165,6 +273,78 @@ def _images_per_second(name: str, resolution: int, batch: int, device: torch.dev
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
     return batch / sorted(times[2:])[3]
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    distributed = "RANK" in os.environ
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if distributed:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+    variant = effnet.variant(arguments.model)
+    resolution = arguments.resolution or variant.train_resolution or variant.resolution
+    data = load_data(
+        arguments.data, arguments.root, size=round(resolution * 1.15), download=arguments.download
+    )
+    width = variant.width * arguments.width
+    torch.manual_seed(arguments.seed)
+    model = effnet.EfficientNet(
+        effnet.scale_stages(variant.stages, width, variant.depth * arguments.depth, variant.least),
+        data.classes,
+        data.in_chans,
+        stem_channels=effnet.scale_channels(variant.stem, width, variant.least),
+        head_channels=effnet.scale_channels(effnet.HEAD_CHANNELS, width, variant.least),
+        stem_stride=arguments.stem_stride,
+        drop_path_rate=arguments.drop_path_rate,
+        **(_TENSORFLOW if arguments.weights and arguments.tensorflow else {}),
+    ).to(device)
+    if arguments.weights is not None:
+        load_features(model, read_weights(arguments.weights))
+    strength = Strength(arguments.magnitude, arguments.mixup, arguments.cutmix)
+    phases: tuple[Phase, ...] = (Phase(resolution, arguments.drop_rate, strength),)
+    if arguments.progressive is not None:
+        first = Phase(arguments.progressive, arguments.drop_rate / 2, Strength())
+        phases = progressive(first, phases[0], arguments.phases)
+    recipe = Recipe(
+        phases, epochs=arguments.epochs, batch=arguments.batch, optimizer=arguments.optimizer,
+        lr=arguments.lr, weight_decay=arguments.weight_decay,
+        label_smoothing=arguments.label_smoothing, ema=arguments.ema, amp=arguments.amp,
+        layer_decay=arguments.layer_decay, frozen_norms=arguments.frozen_norms,
+        checkpointing=arguments.checkpointing, seed=arguments.seed,
+    )  # fmt: skip
+    trainer = Trainer(model, data, recipe, arguments.out, workers=arguments.workers)
+    if arguments.resume and not trainer.resume():
+        raise ValueError(f"out: there is no checkpoint in {str(arguments.out)!r} to resume from")
+    if not arguments.resume and (arguments.out / "checkpoint.pt").exists():
+        raise ValueError(
+            f"out: there is a checkpoint in {str(arguments.out)!r}; --resume goes on with it, "
+            "another folder begins anew"
+        )
+    began = time.perf_counter()
+
+    def progress(step: Step) -> None:
+        if trainer.rank != 0:
+            return
+        last = trainer.step % trainer.steps_per_epoch == 0
+        if sys.stdout.isatty() or last:
+            line = (
+                f"epoch {step.epoch + 1}/{recipe.epochs}  step {trainer.step}/{trainer.steps}  "
+                f"{step.resolution} px  lr {step.lr:.2e}  loss {step.loss:.3f}  "
+                f"{time.perf_counter() - began:.0f} s"
+            )
+            print(f"\r{line}", end="\n" if last else "", flush=True)
+
+    trainer.fit(progress=progress)
+    if trainer.rank == 0:
+        print(f"test accuracy {trainer.evaluate():.2%}")
+        best = model if trainer.averaged is None else trainer.averaged.module
+        torch.save(best.state_dict(), arguments.out / "weights.pt")
+        print(f"wrote {arguments.out / 'weights.pt'}")
+    if distributed:
+        torch.distributed.destroy_process_group()
+    return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:

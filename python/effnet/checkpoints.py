@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnet.efficientnet import EfficientNet
 from effnet.weights import from_timm, from_torchvision
@@ -54,6 +55,23 @@ def classes_of(weights: dict[str, Tensor]) -> int:
         if key in weights:
             return weights[key].shape[0]
     raise ValueError("weights: there is no classifier among them; is it a model of this family?")
+
+
+def load_features(model: EfficientNet, weights: dict[str, Tensor]) -> None:
+    """Loads all of ``weights`` but the classifier, which stays as it is: for other classes.
+
+    Raises:
+        ValueError: they are of another model; the message names a key.
+    """
+    classes = classes_of(weights)
+    kept = {name: tensor.clone() for name, tensor in model.classifier.state_dict().items()}
+    width = kept["weight"].shape[1]
+    pretrained = copy.deepcopy(model)
+    pretrained.classifier = nn.Linear(width, classes)
+    load_weights(pretrained, weights)
+    model.load_state_dict(
+        {**pretrained.state_dict(), **{f"classifier.{name}": t for name, t in kept.items()}}
+    )
 
 
 def load_weights(model: EfficientNet, weights: dict[str, Tensor]) -> None:

@@ -9,13 +9,16 @@ The blocks are ``effnet_kernels.layers``' modules, each one op of the library.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from effnet.variants import HEAD_CHANNELS, Stage, variant
 from effnet_kernels.layers import FusedMBConv, MBConv, PointwiseConvBnAct
@@ -118,6 +121,8 @@ class EfficientNet(nn.Module):
             channels = stage.channels
         self.head = PointwiseConvBnAct(channels, head_channels, eps=eps, momentum=momentum)
         self.drop_rate = drop_rate
+        self.checkpointing = False
+        """Recompute each block in backward instead of keeping what it computed."""
         self.classifier = nn.Linear(head_channels, num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
@@ -125,7 +130,11 @@ class EfficientNet(nn.Module):
         """The last feature map of images x, (N, head_channels, OH, OW), before pooling."""
         x = self.stem(x)
         for stage in self.stages:
-            x = stage(x)
+            for block in stage.children():
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = _recomputed(block, x)
+                else:
+                    x = block(x)
         features: Tensor = self.head(x)
         return features
 
@@ -176,6 +185,23 @@ class Features(nn.Module):
             if last:
                 maps.append(x)
         return maps
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """The block of x, of which backward recomputes what it needs."""
+
+    @contextlib.contextmanager
+    def once() -> Iterator[None]:
+        # The second run sees the same batch; running statistics have moved by it already.
+        before = [buffer.clone() for buffer in block.buffers()]
+        yield
+        for buffer, value in zip(block.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+    output: Tensor = checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), once())
+    )
+    return output
 
 
 def _stride(stage: Any) -> int:

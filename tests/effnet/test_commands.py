@@ -194,7 +194,16 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     """Every command has an example."""
-    for words in ([], ["models"], ["predict"], ["cam"], ["export"]):
+    for words in (
+        [],
+        ["models"],
+        ["train"],
+        ["finetune"],
+        ["predict"],
+        ["cam"],
+        ["export"],
+        ["search"],
+    ):
         with pytest.raises(SystemExit, match="0"):
             main([*words, "--help"])
         assert "example" in capsys.readouterr().out
@@ -241,3 +250,43 @@ def test_errors_are_one_line(
         assert err.startswith("effnet: ")
         assert err.count("\n") == 1, err
         assert message in err, err
+
+
+def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline, with progressive learning; its weights and log; what goes on and what does not."""
+    out = tmp_path / "run"
+    words = [
+        "train", "--data", "digits", "--resolution", 16, "--progressive", 8, "--phases", 2,
+        "--width", 0.25, "--depth", 0.3, "--stem-stride", 1, "--epochs", 1, "--batch", 128,
+        "--mixup", 0.2, "--ema", 0.9, "--out", out,
+    ]  # fmt: skip
+    status, text, _ = run(capsys, *words)
+    assert status == 0
+    assert "epoch 1/1  step 11/11  16 px" in text
+    assert "test accuracy" in text
+    lines = (out / "log.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,resolution,lr,loss"
+    assert [line.split(",")[2] for line in lines[1:]] == ["8"] * 6 + ["16"] * 5
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    assert weights["classifier.weight"].shape[0] == 10
+    status, _, err = run(capsys, *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--resume goes on with it" in err
+    status, text, _ = run(capsys, *words, "--resume")
+    assert status == 0
+    assert "test accuracy" in text
+    status, _, err = run(capsys, *words[:-1], tmp_path / "other", "--resume")
+    assert status == 2
+    assert "no checkpoint in" in err
+    words[0], words[-1] = "finetune", tmp_path / "tuned"
+    status, text, _ = run(capsys, *words, "--weights", out / "weights.pt")
+    assert status == 0
+    assert "test accuracy" in text
+    words[-1] = tmp_path / "wrong"
+    status, _, err = run(
+        capsys, *words, "--model", "efficientnetv2_b0", "--weights", out / "weights.pt"
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is it another variant's" in err
+    status, _, err = run(capsys, "train", "--data", "mnist", "--out", out)
+    assert "expected digits, folder, CIFAR10" in err
