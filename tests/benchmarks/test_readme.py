@@ -103,7 +103,8 @@ def test_performance(run: Results, tmp_path: Path) -> None:
     summary, details = lines_of(drawn)[:2], lines_of(drawn)[2:]
     problem = ["b0 at 224", "inference, batch 8, float32"]
     assert summary[1] == [
-        *problem, "cpu+prepared", "20", "400", "openvino", "25", "320", "1.25", "-", "50%"
+        *problem, "cpu+prepared", "20", "400", "openvino", "25", "320", "1.25", "-", "-",
+        "50%",
     ]  # fmt: skip
     by_name = {line[2]: line for line in details[1:]}
     assert list(by_name) == [row.contender for row in run.rows]
@@ -117,13 +118,22 @@ def test_performance(run: Results, tmp_path: Path) -> None:
 
 
 def test_goals(run: Results, tmp_path: Path) -> None:
-    """A CPU's ratio stands beside what it should be."""
+    """A device's ratio stands beside what it should be, on a GPU at batches that fill it; and our
+    memory beside the peer's.
+    """
     for row in run.rows:
         row.model = "efficientnet_b0"
-    for device, goal in (("cpu", "1.4"), ("cuda", "-")):
+        row.peak_memory = 30 if row.contender == "cpu+prepared" else 60
+    for device, dtype, batch, goal in (
+        ("cpu", "float32", 8, "1.4"), ("cuda", "float32", 256, "-"), ("cuda", "bfloat16", 8, "-"),
+        ("cuda", "bfloat16", 256, "2.5"),
+    ):  # fmt: skip
         run.environment["device_type"] = device
+        for row in run.rows:
+            row.dtype, row.batch = dtype, batch
         run.write(tmp_path / "a-device" / "models.json")
-        assert lines_of(readme.performance(tmp_path))[1][-3:] == ["1.25", goal, "50%"]
+        cells = lines_of(readme.performance(tmp_path))[1]
+        assert cells[-4:-1] == ["1.25", goal, "0.50"]
 
 
 def test_plot_of_models(run: Results, tmp_path: Path) -> None:
