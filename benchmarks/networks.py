@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-import timm
 import torch
 import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
 from effnet.complexity import complexity
@@ -68,6 +67,8 @@ def measure(
         device: where.
         seconds: of sampling for each network.
     """
+    import timm  # after torchvision_ops
+
     contenders, rows = [], []
     for network in networks:
         stock = timm.create_model(network.name)

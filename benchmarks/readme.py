@@ -414,7 +414,7 @@ def networks_table(report: dict[str, Any]) -> str:
     """What ``networks.py`` measured, as Markdown."""
     lines = [
         "| network | top-1, published | parameters | multiply-adds | stock, images/s | "
-        "ours, images/s | ours over ResNet-50 |",
+        "ours, images/s | over ResNet-50 |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     rates = {row["name"]: row["images_per_second"] for row in report["rows"]}
