@@ -150,3 +150,16 @@ def test_networks() -> None:
     assert lines[2].startswith("| resnet50 at 32 | 69.8 % | 11.7 M |")
     assert lines[2].endswith("| 10 | - | 1.00x |")
     assert lines[3].endswith("| 15 | 40 | 4.00x |")
+
+
+def test_progressive(tmp_path: Path) -> None:
+    """Both ways train, and the table has them."""
+    out = tmp_path / "progressive.json"
+    result = run(
+        sys.executable, BENCHMARKS / "progressive.py", "--resolution", "8", "--first", "8",
+        "--phases", "2", "--epochs", "1", "--seeds", "1", "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert sorted(report["runs"]) == ["one size", "progressive"]
+    assert "| progressive | 8, 8 | 1 |" in result.stdout
