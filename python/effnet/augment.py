@@ -58,7 +58,7 @@ def distort(
         return torch.rand(n, generator=generator) * (high - low) + low
 
     x = resize(images, max(resolution, images.shape[2]))
-    area = uniform(1 - 0.5 * magnitude, 1 + 0.1 * magnitude).sqrt()
+    area = uniform(1 - 0.6 * magnitude, 1 + 0.8 * magnitude).sqrt()
     ratio = torch.exp(uniform(-0.3, 0.3) * magnitude)
     turn = uniform(-15, 15) * magnitude * (math.pi / 180)
     shear = uniform(-0.15, 0.15) * magnitude
