@@ -10,7 +10,15 @@ of ``baselines`` grow.
 
 from effnet.baselines import BASELINES, Baseline
 from effnet.complexity import Complexity, complexity
-from effnet.efficientnet import EfficientNet, Features, create_model, scale_channels, scale_stages
+from effnet.efficientnet import (
+    Dimensions,
+    EfficientNet,
+    Features,
+    create_model,
+    dimensions,
+    scale_channels,
+    scale_stages,
+)
 from effnet.scaling import CompoundScaling, Scale, search_coefficients, single_axis
 from effnet.variants import HEAD_CHANNELS, VARIANTS, Stage, Variant, variant
 from effnet.weights import from_timm, from_torchvision, to_timm, to_torchvision
@@ -22,6 +30,7 @@ __all__ = [
     "Baseline",
     "Complexity",
     "CompoundScaling",
+    "Dimensions",
     "EfficientNet",
     "Features",
     "Scale",
@@ -29,6 +38,7 @@ __all__ = [
     "Variant",
     "complexity",
     "create_model",
+    "dimensions",
     "from_timm",
     "from_torchvision",
     "scale_channels",

@@ -288,14 +288,14 @@ def _train(arguments: argparse.Namespace) -> int:
     data = load_data(
         arguments.data, arguments.root, size=round(resolution * 1.15), download=arguments.download
     )
-    width = variant.width * arguments.width
+    scaled = effnet.dimensions(variant, arguments.width, arguments.depth)
     torch.manual_seed(arguments.seed)
     model = effnet.EfficientNet(
-        effnet.scale_stages(variant.stages, width, variant.depth * arguments.depth, variant.least),
+        scaled.stages,
         data.classes,
         data.in_chans,
-        stem_channels=effnet.scale_channels(variant.stem, width, variant.least),
-        head_channels=effnet.scale_channels(effnet.HEAD_CHANNELS, width, variant.least),
+        stem_channels=scaled.stem_channels,
+        head_channels=scaled.head_channels,
         stem_stride=arguments.stem_stride,
         drop_path_rate=arguments.drop_path_rate,
         **(_TENSORFLOW if arguments.weights and arguments.tensorflow else {}),
@@ -422,11 +422,11 @@ def _export(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace) -> int:
     variant = effnet.variant(arguments.model)
     resolution = arguments.resolution or variant.resolution
-    stages = effnet.scale_stages(variant.stages, variant.width, variant.depth, variant.least)
+    scaled = effnet.dimensions(variant)
     measured = search.measure(
-        stages,
+        scaled.stages,
         resolution,
-        stem_channels=effnet.scale_channels(variant.stem, variant.width, variant.least),
+        stem_channels=scaled.stem_channels,
         batch=arguments.batch,
         dtype=getattr(torch, arguments.dtype),
         seconds=arguments.seconds,

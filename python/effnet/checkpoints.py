@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effnet.efficientnet import EfficientNet
 from effnet.weights import from_timm, from_torchvision
@@ -51,9 +50,13 @@ def classes_of(weights: dict[str, Tensor]) -> int:
     Raises:
         ValueError: there is no classifier among them.
     """
-    for key in ("classifier.weight", "classifier.1.weight"):
-        if key in weights:
-            return weights[key].shape[0]
+    return weights[f"{_classifier_of(weights)}.weight"].shape[0]
+
+
+def _classifier_of(weights: dict[str, Tensor]) -> str:
+    for name in ("classifier", "classifier.1"):
+        if f"{name}.weight" in weights:
+            return name
     raise ValueError("weights: there is no classifier among them; is it a model of this family?")
 
 
@@ -63,15 +66,9 @@ def load_features(model: EfficientNet, weights: dict[str, Tensor]) -> None:
     Raises:
         ValueError: they are of another model; the message names a key.
     """
-    classes = classes_of(weights)
-    kept = {name: tensor.clone() for name, tensor in model.classifier.state_dict().items()}
-    width = kept["weight"].shape[1]
-    pretrained = copy.deepcopy(model)
-    pretrained.classifier = nn.Linear(width, classes)
-    load_weights(pretrained, weights)
-    model.load_state_dict(
-        {**pretrained.state_dict(), **{f"classifier.{name}": t for name, t in kept.items()}}
-    )
+    name = _classifier_of(weights)
+    own = {f"{name}.{key}": tensor for key, tensor in model.classifier.state_dict().items()}
+    load_weights(model, {key: own.get(key, tensor) for key, tensor in weights.items()})
 
 
 def load_weights(model: EfficientNet, weights: dict[str, Tensor]) -> None:

@@ -13,14 +13,14 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effnet.variants import HEAD_CHANNELS, Stage, variant
+from effnet.variants import HEAD_CHANNELS, Stage, Variant, variant
 from effnet_kernels.layers import FusedMBConv, MBConv, PointwiseConvBnAct
 
 
@@ -41,6 +41,30 @@ def scale_stages(
             layers=math.ceil(stage.layers * depth),
         )
         for stage in stages
+    )
+
+
+class Dimensions(NamedTuple):
+    """What a variant's multipliers make of its table.
+
+    Attributes:
+        stages: the table, scaled.
+        stem_channels: of the stem.
+        head_channels: of the head.
+    """
+
+    stages: tuple[Stage, ...]
+    stem_channels: int
+    head_channels: int
+
+
+def dimensions(table: Variant, width: float = 1.0, depth: float = 1.0) -> Dimensions:
+    """A variant's own, or those of one ``width`` times as wide and ``depth`` times as deep."""
+    width *= table.width
+    return Dimensions(
+        scale_stages(table.stages, width, table.depth * depth, table.least),
+        scale_channels(table.stem, width, table.least),
+        scale_channels(HEAD_CHANNELS, width, table.least),
     )
 
 
@@ -270,12 +294,13 @@ def create_model(
         ValueError: there is no such model.
     """
     table = variant(name)
+    scaled = dimensions(table)
     model = EfficientNet(
-        scale_stages(table.stages, table.width, table.depth, table.least),
+        scaled.stages,
         num_classes,
         in_chans,
-        stem_channels=scale_channels(table.stem, table.width, table.least),
-        head_channels=scale_channels(HEAD_CHANNELS, table.width, table.least),
+        stem_channels=scaled.stem_channels,
+        head_channels=scaled.head_channels,
         drop_rate=table.drop_rate if drop_rate is None else drop_rate,
         drop_path_rate=drop_path_rate,
         **settings,

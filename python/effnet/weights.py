@@ -61,12 +61,10 @@ def _from(
     model: EfficientNet, state_dict: Mapping[str, Tensor], names: Callable[[EfficientNet], Names],
     library: str,
 ) -> dict[str, Tensor]:  # fmt: skip
-    theirs = dict(names(model))
-    wanted = model.state_dict()
     renamed = {}
-    for key, tensor in wanted.items():
-        module, _, parameter = key.rpartition(".")
-        source = f"{theirs[module]}.{parameter}"
+    sources = set()
+    for key, source, tensor in _parameters(model, names):
+        sources.add(source)
         if source not in state_dict:
             raise ValueError(
                 f"state_dict: there is no {source!r}, which {library}'s model of this variant has; "
@@ -79,8 +77,7 @@ def _from(
                 f"{tuple(tensor.shape)}; is it another variant's, or of other classes?"
             )
     if len(state_dict) > len(renamed):
-        known = {f"{theirs[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}" for k in wanted}
-        extra = next(key for key in state_dict if key not in known)
+        extra = next(key for key in state_dict if key not in sources)
         raise ValueError(
             f"state_dict: got {extra!r}, which {library}'s model of this variant does not have"
         )
@@ -88,12 +85,17 @@ def _from(
 
 
 def _to(model: EfficientNet, names: Callable[[EfficientNet], Names]) -> dict[str, Tensor]:
+    return {source: tensor for _, source, tensor in _parameters(model, names)}
+
+
+def _parameters(
+    model: EfficientNet, names: Callable[[EfficientNet], Names]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(our name, theirs, the tensor) of all that a ``state_dict`` holds."""
     theirs = dict(names(model))
-    renamed = {}
     for key, tensor in model.state_dict().items():
         module, _, parameter = key.rpartition(".")
-        renamed[f"{theirs[module]}.{parameter}"] = tensor
-    return renamed
+        yield key, f"{theirs[module]}.{parameter}", tensor
 
 
 def _blocks(model: EfficientNet) -> Iterator[tuple[str, int, int, Any]]:
