@@ -27,7 +27,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import effnet_kernels
-from effnet_kernels.bench import accuracy, command, environment, models, peers, report
+from effnet_kernels.bench import accuracy, environment, models, peers, report
 from effnet_kernels.bench.results import BASELINE, Row
 
 MODEL, SIZE, BATCHES = "efficientnet_b0", 224, (1, 8)
@@ -129,7 +129,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     console = report.console()
-    device = command.default_device()
+    device = environment.default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         stock = build(arguments.checkpoint)

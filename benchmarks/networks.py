@@ -22,7 +22,7 @@ from effnet.complexity import complexity
 from readme import networks_table
 
 import effnet_kernels
-from effnet_kernels.bench import command, environment, models, timing
+from effnet_kernels.bench import environment, models, timing
 from effnet_kernels.bench.timing import Contender
 
 
@@ -111,7 +111,7 @@ def main() -> int:
     )
     if not wanted:
         parser.error(f"--networks: none of {', '.join(n.name for n in NETWORKS)}")
-    device = command.default_device()
+    device = environment.default_device()
     slug = environment.device_slug(device)
     out = arguments.out or Path(__file__).parent / f"results/{slug}/networks/networks.json"
     rows = measure(wanted, arguments.batch, device, arguments.seconds)

@@ -23,17 +23,16 @@ from effnet.data import digits
 from effnet.training import Phase, Recipe, Trainer, progressive
 from readme import progressive_table
 
-from effnet_kernels.bench import command, environment
+from effnet_kernels.bench import environment
 
 
 def train(phases: tuple[Phase, ...], epochs: int, seed: int, device: torch.device) -> list[float]:
     """(seconds, accuracy) of a run."""
-    variant = effnet.VARIANTS["efficientnet_b0"]
     torch.manual_seed(seed)
-    model = effnet.EfficientNet(
-        effnet.scale_stages(variant.stages, 0.25, 0.3), 10, 1, stem_channels=8, head_channels=320,
-        stem_stride=1, drop_path_rate=0.1,
-    ).to(device)  # fmt: skip
+    table = effnet.VARIANTS["efficientnet_b0"]._replace(
+        width=0.25, depth=0.3, stem_stride=1, resolution=phases[-1].resolution
+    )
+    model = effnet.create_model(table, 10, 1, drop_path_rate=0.1).to(device)
     recipe = Recipe(phases, epochs=epochs, batch=64, lr=5e-3, ema=0.98, seed=seed)
     trainer = Trainer(model, digits(), recipe)
     began = time.perf_counter()
@@ -44,19 +43,21 @@ def train(phases: tuple[Phase, ...], epochs: int, seed: int, device: torch.devic
 def main() -> int:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--resolution", type=int, default=32, help="at the end (default: 32)")
-    parser.add_argument("--first", type=int, default=16, help="progressive's (default: 16)")
+    parser.add_argument("--resolution", type=int, default=48, help="at the end (default: 48)")
+    parser.add_argument("--first", type=int, default=24, help="progressive's (default: 24)")
     parser.add_argument("--phases", type=int, default=4, help="default: 4")
-    parser.add_argument("--epochs", type=int, default=12, help="default: 12")
+    parser.add_argument("--hold", type=int, default=2,
+                        help="how many of them are of the last size (default: 2)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=32, help="default: 32")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each (default: 5)")
     parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    device = command.default_device()
+    device = environment.default_device()
     last = Phase(arguments.resolution, 0.2, Strength(0.4))
     first = Phase(arguments.first, 0.1, Strength(0.1))
     ways = {
         "one size": (last,),
-        "progressive": progressive(first, last, arguments.phases, multiple=4),
+        "progressive": progressive(first, last, arguments.phases, hold=arguments.hold, multiple=4),
     }
     runs: dict[str, list[list[float]]] = {name: [] for name in ways}
     for seed in range(arguments.seeds):

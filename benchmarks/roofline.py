@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--matmul", type=float, help="TFLOP/s (default: measured here)")
     parser.add_argument("--kernels", action="store_true", help="list every level's kernels")
     arguments = parser.parse_args()
-    dtype, device = command.DTYPES[arguments.dtype], command.default_device()
+    dtype, device = command.DTYPES[arguments.dtype], environment.default_device()
     try:
         with torch.device("meta"):
             model = create(arguments.model).to(dtype=dtype, memory_format=torch.channels_last)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from effnet_kernels import use_backend
-from effnet_kernels.bench import command, models, peers
+from effnet_kernels.bench import command, environment, models, peers
 
-DEVICE = command.default_device()
+DEVICE = environment.default_device()
 DTYPES = [torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
 BATCH = 128 if DEVICE.type == "cuda" else 8
 CONTENDERS = ["eager", "compile", *peers.our_backends(DEVICE, torch.float32)]

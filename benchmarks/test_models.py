@@ -9,9 +9,9 @@ import torch
 import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
 
 from effnet_kernels import use_backend
-from effnet_kernels.bench import command, models, peers
+from effnet_kernels.bench import environment, models, peers
 
-DEVICE = command.default_device()
+DEVICE = environment.default_device()
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 BATCHES = (1, 128) if DEVICE.type == "cuda" else (1, 8)
 CONTENDERS = ["eager", "compile", *peers.our_backends(DEVICE, DTYPE)]

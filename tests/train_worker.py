@@ -36,7 +36,7 @@ def recipe(**settings: object) -> Recipe:
     phases = progressive(
         Phase(8, 0.0), Phase(16, 0.3, Strength(0.5, 0.2, 1.0)), phases=3, multiple=4
     )
-    return Recipe(phases, **{"epochs": 3, "batch": 16, "ema": 0.9, **settings})  # type: ignore[arg-type]
+    return Recipe(**{"phases": phases, "epochs": 3, "batch": 16, "ema": 0.9, **settings})  # type: ignore[arg-type]
 
 
 def main(folder: str, pause: float) -> None:

@@ -35,7 +35,7 @@ def run(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser, suite)
-    device = command.default_device()
+    device = environment.default_device()
     results = Path(__file__).parents[1] / "results" / environment.device_slug(device)
     parser.set_defaults(out=results)
     if device.type == "cuda":

@@ -21,7 +21,7 @@ def main() -> int:
     """Runs the suite with the settings of this device unless options say otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     command.add_arguments(parser, models)
-    device = command.default_device()
+    device = environment.default_device()
     results = Path(__file__).parents[1] / "results" / environment.device_slug(device)
     parser.set_defaults(out=results, batch=[1, 8])
     if device.type == "cuda":

@@ -38,14 +38,9 @@ that of whole models.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def default_device() -> torch.device:
-    """The GPU where PyTorch sees one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
     """The options of ``suite``: its own and the common ones."""
-    device = default_device().type
+    device = environment.default_device().type
     caches = ["warm"] if suite is models else ["warm", "cold"]
     seconds = 10.0 if suite is models else 1.0
     suite.add_arguments(parser)

@@ -21,6 +21,11 @@ import torch
 import effnet_kernels
 
 
+def default_device() -> torch.device:
+    """The GPU where PyTorch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def version_of(distribution: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:

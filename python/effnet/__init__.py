@@ -11,13 +11,12 @@ of ``baselines`` grow.
 from effnet.baselines import BASELINES, Baseline
 from effnet.complexity import Complexity, complexity
 from effnet.efficientnet import (
-    Dimensions,
     EfficientNet,
     Features,
     create_model,
-    dimensions,
     scale_channels,
     scale_stages,
+    scaled,
 )
 from effnet.scaling import CompoundScaling, Scale, search_coefficients, single_axis
 from effnet.variants import HEAD_CHANNELS, VARIANTS, Stage, Variant, variant
@@ -30,7 +29,6 @@ __all__ = [
     "Baseline",
     "Complexity",
     "CompoundScaling",
-    "Dimensions",
     "EfficientNet",
     "Features",
     "Scale",
@@ -38,11 +36,11 @@ __all__ = [
     "Variant",
     "complexity",
     "create_model",
-    "dimensions",
     "from_timm",
     "from_torchvision",
     "scale_channels",
     "scale_stages",
+    "scaled",
     "search_coefficients",
     "single_axis",
     "to_timm",

@@ -1,15 +1,16 @@
-"""What training does to a batch of images: on the device, and from a generator of its own, so that
-the same step always sees the same images.
+"""What training does to images: to each where it is loaded (RandAugment), to a batch on the device
+(the rest), and always from seeds of their own, so that the same step sees the same images.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 
 class Strength(NamedTuple):
@@ -22,16 +23,46 @@ class Strength(NamedTuple):
             for none.
         cutmix: of Beta(cutmix, cutmix), likewise of a rectangle that is replaced
             (arXiv:1905.04899); 0 for none.
+        randaugment: magnitude of torchvision's RandAugment (arXiv:1909.13719), of which two ops
+            change each image, to 30; 0 for none.
     """
 
     magnitude: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    randaugment: float = 0.0
+
+
+class RandAugmented(Dataset[tuple[Tensor, int]]):
+    """Images that RandAugment has changed.
+
+    A key says how: ``(index, magnitude, seed)``, so that processes that load images need to know
+    nothing of the step that they are for.
+
+    Args:
+        source: of ((C, H, W) uint8, class).
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+
+    def __init__(self, source: Dataset[tuple[Tensor, int]]) -> None:
+        from torchvision.transforms import v2
+
+        self._source, self._transform = source, v2.RandAugment
+
+    def __getitem__(self, key: tuple[int, float, int]) -> tuple[Tensor, int]:
+        index, magnitude, seed = key
+        image, label = self._source[index]
+        transform: Any = self._transform(2, round(magnitude), num_magnitude_bins=31)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return transform(image), label
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
-    """(N, C, H, W) uint8 as (N, C, resolution, resolution) float32 in [-1, 1]."""
-    images = images.float() / 127.5 - 1
+    """(N, C, H, W) uint8 as (N, C, resolution, resolution) float32 in [0, 1]."""
+    images = images.float() / 255
     if images.shape[2:] != (resolution, resolution):
         images = F.interpolate(images, (resolution, resolution), mode="bilinear", antialias=True)
     return images
@@ -50,7 +81,7 @@ def distort(
         generator: of the CPU.
 
     Returns:
-        (N, C, resolution, resolution) float32, about [-1, 1].
+        (N, C, resolution, resolution) float32, about [0, 1].
     """
     n = len(images)
 
@@ -75,8 +106,8 @@ def distort(
     )
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     contrast = (1 + uniform(-0.4, 0.4) * magnitude).to(x.device)[:, None, None, None]
-    brightness = (uniform(-0.2, 0.2) * magnitude).to(x.device)[:, None, None, None]
-    return x * contrast + brightness
+    brightness = (uniform(-0.1, 0.1) * magnitude).to(x.device)[:, None, None, None]
+    return (x - 0.5) * contrast + (brightness + 0.5)
 
 
 def mix(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effnet.efficientnet import EfficientNet
-from effnet.weights import from_timm, from_torchvision
+from effnet.weights import from_any
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -53,6 +53,18 @@ def classes_of(weights: dict[str, Tensor]) -> int:
     return weights[f"{_classifier_of(weights)}.weight"].shape[0]
 
 
+def channels_of(weights: dict[str, Tensor]) -> int:
+    """How many channels the images of ``weights`` have, whosever names they have.
+
+    Raises:
+        ValueError: there is no stem among them.
+    """
+    for name in ("stem.expand_conv", "conv_stem", "features.0.0"):
+        if f"{name}.weight" in weights:
+            return weights[f"{name}.weight"].shape[1]
+    raise ValueError("weights: there is no stem among them; is it a model of this family?")
+
+
 def _classifier_of(weights: dict[str, Tensor]) -> str:
     for name in ("classifier", "classifier.1"):
         if f"{name}.weight" in weights:
@@ -77,19 +89,4 @@ def load_weights(model: EfficientNet, weights: dict[str, Tensor]) -> None:
     Raises:
         ValueError: they are of another model; the message names a key.
     """
-    if "conv_stem.weight" in weights:
-        weights = from_timm(model, weights)
-    elif "features.0.0.weight" in weights:
-        weights = from_torchvision(model, weights)
-    wanted = model.state_dict()
-    for key in wanted:
-        if key not in weights:
-            raise ValueError(
-                f"weights: there is no {key!r}, which the model has; is it another variant's?"
-            )
-        if weights[key].shape != wanted[key].shape:
-            raise ValueError(
-                f"weights: {key!r} is {tuple(weights[key].shape)}, expected "
-                f"{tuple(wanted[key].shape)}; is it another variant's, or of other classes?"
-            )
-    model.load_state_dict(weights)
+    model.load_state_dict(from_any(model, weights))

@@ -6,13 +6,15 @@ brings them, is ``augment``'s, on the device and by the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+
+from effnet.images import MEAN, STD
 
 TORCHVISION = (
     "CIFAR10", "CIFAR100", "Flowers102", "StanfordCars", "OxfordIIITPet", "FGVCAircraft", "Food101",
@@ -31,16 +33,25 @@ class Data(NamedTuple):
     Attributes:
         train: of ((C, H, W) uint8, class).
         test: likewise.
-        classes: how many.
+        class_names: of the classes, in order.
         in_chans: C.
         mirrors: whether an image's mirror image is as good.
+        mean: of each channel, of values in [0, 1]: a network is given images less it, over ``std``.
+        std: likewise.
     """
 
     train: Dataset[tuple[Tensor, int]]
     test: Dataset[tuple[Tensor, int]]
-    classes: int
+    class_names: tuple[str, ...]
     in_chans: int
     mirrors: bool
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.class_names)
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
@@ -62,21 +73,16 @@ class InMemory(Dataset[tuple[Tensor, int]]):
 
 
 class _Mapped(Dataset[tuple[Tensor, int]]):
-    """Another library's dataset of pictures, as tensors of one size; every image if ``indices`` is
-    None.
-    """
+    """Another library's dataset of pictures, as tensors of one size."""
 
-    def __init__(
-        self, source: Any, to_tensor: Callable[[Any], Tensor], indices: list[int] | None = None
-    ) -> None:
+    def __init__(self, source: Any, to_tensor: Callable[[Any], Tensor]) -> None:
         self._source, self._to_tensor = source, to_tensor
-        self._indices = list(range(len(source))) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._source[self._indices[index]]
+        image, label = self._source[index]
         return self._to_tensor(image), int(label)
 
 
@@ -105,7 +111,8 @@ def digits(test: int = 360, *, classes: tuple[int, ...] = tuple(range(10))) -> D
             chosen |= own_labels == digit
             numbered[own_labels == digit] = number
         parts.append(InMemory(own_images[chosen], numbered[chosen]))
-    return Data(parts[0], parts[1], len(classes), 1, mirrors=False)
+    names = tuple(map(str, classes))
+    return Data(parts[0], parts[1], names, 1, mirrors=False, mean=(0.5,), std=(0.5,))
 
 
 def load(name: str, root: str | Path = "data", *, size: int = 256, download: bool = False) -> Data:
@@ -130,9 +137,14 @@ def load(name: str, root: str | Path = "data", *, size: int = 256, download: boo
     from torchvision.transforms import v2
 
     to_tensor: Any = v2.Compose(
-        [v2.Lambda(lambda image: image.convert("RGB")), v2.PILToTensor(),
-         v2.Resize(size, antialias=True), v2.CenterCrop(size)]
-    )  # fmt: skip
+        [v2.RGB(), v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)]
+    )
+
+    def of(train: Any, test: Any, names: Sequence[str]) -> Data:
+        return Data(
+            _Mapped(train, to_tensor), _Mapped(test, to_tensor), tuple(names), 3, mirrors=True
+        )
+
     root = Path(root)
     if name == "folder":
         found = {split: root / split for split in ("train", "test", "val")}
@@ -144,20 +156,14 @@ def load(name: str, root: str | Path = "data", *, size: int = 256, download: boo
         train, test = (datasets.ImageFolder(str(path)) for path in (found["train"], held_out))
         if train.classes != test.classes:
             raise ValueError(f"root: the classes in train and {held_out.name} differ")
-        return Data(
-            _Mapped(train, to_tensor), _Mapped(test, to_tensor), len(train.classes), 3, mirrors=True
-        )
+        return of(train, test, train.classes)
     create = getattr(datasets, name)
     try:
         if name == "Caltech101":
             every = create(str(root), download=download)
-            indices = range(len(every))
-            held = [i for i in indices if i % _CALTECH_TEST == 0]
-            kept = [i for i in indices if i % _CALTECH_TEST]
-            return Data(
-                _Mapped(every, to_tensor, kept), _Mapped(every, to_tensor, held),
-                len(every.categories), 3, mirrors=True,
-            )  # fmt: skip
+            held = range(0, len(every), _CALTECH_TEST)
+            kept = [i for i in range(len(every)) if i not in held]
+            return of(Subset(every, kept), Subset(every, held), every.categories)
         splits = _SPLITS[name]
         if splits is None:
             train, test = (
@@ -170,5 +176,4 @@ def load(name: str, root: str | Path = "data", *, size: int = 256, download: boo
             f"data: {name} is not in {str(root)!r} ({str(error).splitlines()[0]}); "
             "--download fetches it"
         ) from error
-    labels = 102 if name == "Flowers102" else len(train.classes)
-    return Data(_Mapped(train, to_tensor), _Mapped(test, to_tensor), labels, 3, mirrors=True)
+    return of(train, test, train.classes)

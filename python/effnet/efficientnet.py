@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -44,27 +44,14 @@ def scale_stages(
     )
 
 
-class Dimensions(NamedTuple):
-    """What a variant's multipliers make of its table.
-
-    Attributes:
-        stages: the table, scaled.
-        stem_channels: of the stem.
-        head_channels: of the head.
-    """
-
-    stages: tuple[Stage, ...]
-    stem_channels: int
-    head_channels: int
-
-
-def dimensions(table: Variant, width: float = 1.0, depth: float = 1.0) -> Dimensions:
-    """A variant's own, or those of one ``width`` times as wide and ``depth`` times as deep."""
-    width *= table.width
-    return Dimensions(
-        scale_stages(table.stages, width, table.depth * depth, table.least),
-        scale_channels(table.stem, width, table.least),
-        scale_channels(HEAD_CHANNELS, width, table.least),
+def scaled(table: Variant) -> Variant:
+    """The variant with its multipliers applied: those of the result are 1."""
+    return table._replace(
+        stages=scale_stages(table.stages, table.width, table.depth, table.least),
+        stem=scale_channels(table.stem, table.width, table.least),
+        head=scale_channels(table.head, table.width, table.least),
+        width=1.0,
+        depth=1.0,
     )
 
 
@@ -254,20 +241,22 @@ def _initialise(module: nn.Module) -> None:
 
 @overload
 def create_model(
-    name: str, num_classes: int = 1000, in_chans: int = 3, *, drop_rate: float | None = None,
-    drop_path_rate: float = 0.2, features_only: Literal[False] = False, **settings: Any,
+    name: str | Variant, num_classes: int = 1000, in_chans: int = 3, *,
+    drop_rate: float | None = None, drop_path_rate: float = 0.2,
+    features_only: Literal[False] = False, **settings: Any,
 ) -> EfficientNet: ...  # fmt: skip
 
 
 @overload
 def create_model(
-    name: str, num_classes: int = 1000, in_chans: int = 3, *, drop_rate: float | None = None,
-    drop_path_rate: float = 0.2, features_only: Literal[True], **settings: Any,
+    name: str | Variant, num_classes: int = 1000, in_chans: int = 3, *,
+    drop_rate: float | None = None, drop_path_rate: float = 0.2,
+    features_only: Literal[True], **settings: Any,
 ) -> Features: ...  # fmt: skip
 
 
 def create_model(
-    name: str,
+    name: str | Variant,
     num_classes: int = 1000,
     in_chans: int = 3,
     *,
@@ -282,7 +271,7 @@ def create_model(
     >>> create_model("efficientnetv2_s", padding="same", eps=1e-3)  # TensorFlow's
 
     Args:
-        name: of ``effnet.variants.VARIANTS``.
+        name: of ``effnet.variants.VARIANTS``, or a table of one's own.
         num_classes: outputs of the classifier; 0 for the pooled features.
         in_chans: channels of the images.
         drop_rate: of dropout before the classifier; the variant's own unless given.
@@ -293,16 +282,15 @@ def create_model(
     Raises:
         ValueError: there is no such model.
     """
-    table = variant(name)
-    scaled = dimensions(table)
+    table = scaled(variant(name) if isinstance(name, str) else name)
     model = EfficientNet(
-        scaled.stages,
+        table.stages,
         num_classes,
         in_chans,
-        stem_channels=scaled.stem_channels,
-        head_channels=scaled.head_channels,
+        stem_channels=table.stem,
+        head_channels=table.head,
         drop_rate=table.drop_rate if drop_rate is None else drop_rate,
         drop_path_rate=drop_path_rate,
-        **settings,
+        **{"stem_stride": table.stem_stride, **settings},
     )
     return Features(model) if features_only else model

@@ -51,10 +51,25 @@ def read_image(path: str | Path, resolution: int) -> Tensor:
     return pixels.view(resolution, resolution, 3).permute(2, 0, 1).float() / 255
 
 
-def normalise(image: Tensor) -> Tensor:
-    """(..., 3, H, W) in [0, 1] as networks take it."""
-    shape = (3, 1, 1)
-    return (image - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)
+def normalise(
+    images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Tensor:
+    """(..., C, H, W) in [0, 1] as networks take it: less ``mean``, over ``std``."""
+
+    def channels(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=images.device).view(-1, 1, 1)
+
+    return (images - channels(mean)) / channels(std)
+
+
+def as_input(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """A colour image (3, H, W) in [0, 1] as a batch of one, (1, C, H, W), normalised.
+
+    C is as many as there are means; one channel is the image's luminance (ITU-R 601).
+    """
+    if len(mean) == 1:
+        image = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
+    return normalise(image, mean, std)[None]
 
 
 def overlay(image: Tensor, heat: Tensor, strength: float = 0.5) -> Tensor:

@@ -5,8 +5,7 @@ pixels, are faster as Fused-MBConv though they then compute more, and late ones 
 convolutions do not fill a device's units. ``measure`` times every stage of a table in both ways on
 this device, and ``choose`` takes of the 2 ** stages tables the best under a budget.
 
-``reward`` is the objective that the papers' searches climb, EfficientNet's by FLOPs, MnasNet's
-(arXiv:1807.11626) by latency.
+``evolution`` searches whole tables, by training them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from effnet.efficientnet import stage_blocks
-from effnet.variants import Stage
+from effnet.efficientnet import scaled, stage_blocks
+from effnet.variants import Stage, Variant
+from effnet_kernels.bench.environment import default_device
 from effnet_kernels.bench.timing import Contender
 from effnet_kernels.bench.timing import measure as measure_times
 
@@ -52,23 +52,6 @@ class StageCosts(NamedTuple):
     fused: Cost
 
 
-def reward(accuracy: float, cost: float, target: float, weight: float = -0.07) -> float:
-    """``accuracy * (cost / target) ** weight``: what a search maximises.
-
-    Args:
-        accuracy: of a trained network.
-        cost: its FLOPs or its latency.
-        target: the cost that is wanted, in the same unit.
-        weight: how much a difference from it matters.
-
-    Raises:
-        ValueError: a cost is not positive.
-    """
-    if cost <= 0 or target <= 0:
-        raise ValueError(f"cost: got {cost} for a target of {target}, expected positive numbers")
-    return float(accuracy * (cost / target) ** weight)
-
-
 def as_mbconv(stage: Stage) -> Stage:
     """The stage with depthwise convolutions and squeeze-and-excitation."""
     return stage._replace(fused=False, squeeze=0.25)
@@ -80,10 +63,8 @@ def as_fused(stage: Stage) -> Stage:
 
 
 def measure(
-    stages: Sequence[Stage],
-    resolution: int,
+    table: Variant,
     *,
-    stem_channels: int = 32,
     batch: int = 1,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
@@ -92,18 +73,16 @@ def measure(
     """Times every stage as MBConv and as Fused-MBConv, in turns, in inference.
 
     Args:
-        stages: the table.
-        resolution: side of the images, in pixels.
-        stem_channels: of the stem, whose stride is 2.
+        table: with the multipliers and the resolution that are wanted.
         batch: images at a time.
         device: where; the GPU where PyTorch sees one.
         dtype: of weights and images.
         seconds: of sampling for each stage.
     """
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    channels, size, found = stem_channels, -(-resolution // 2), []
-    for stage in stages:
+    device = device or default_device()
+    table = scaled(table)
+    channels, size, found = table.stem, -(-table.resolution // table.stem_stride), []
+    for stage in table.stages:
         ways = {"mbconv": as_mbconv(stage), "fused": as_fused(stage)}
         images = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from effnet.augment import Strength, distort, mix, resize
+from effnet.augment import RandAugmented, Strength, distort, mix, resize
 from effnet.data import Data
 from effnet.efficientnet import EfficientNet
+from effnet.images import normalise
 
 
 class Phase(NamedTuple):
@@ -43,7 +44,9 @@ class Phase(NamedTuple):
     strength: Strength = Strength()
 
 
-def progressive(first: Phase, last: Phase, phases: int, multiple: int = 8) -> tuple[Phase, ...]:
+def progressive(
+    first: Phase, last: Phase, phases: int, *, hold: int = 1, multiple: int = 8
+) -> tuple[Phase, ...]:
     """Phases of equal length from ``first`` to ``last``, in equal steps of everything: V2's
     algorithm 1.
 
@@ -51,20 +54,24 @@ def progressive(first: Phase, last: Phase, phases: int, multiple: int = 8) -> tu
         first: of training.
         last: of training.
         phases: how many, 2 or more.
+        hold: how many of them are ``last``, less than ``phases``. The paper's 1 is for hundreds of
+            epochs; where there are few, one phase is too short to get used to the last size.
         multiple: of which resolutions between the two are.
 
     Raises:
-        ValueError: ``phases`` is less than 2.
+        ValueError: ``phases`` or ``hold`` is out of range.
     """
     if phases < 2:
         raise ValueError(f"phases: got {phases}, expected 2 or more")
+    if not 1 <= hold < phases:
+        raise ValueError(f"hold: got {hold}, expected 1 to {phases - 1}, less than the phases")
 
     def between(low: float, high: float, share: float) -> float:
         return low + (high - low) * share
 
     found = [first]
-    for i in range(1, phases - 1):
-        share = i / (phases - 1)
+    for i in range(1, phases - hold):
+        share = i / (phases - hold)
         resolution = between(first.resolution, last.resolution, share) / multiple
         strength = (
             between(a, b, share) for a, b in zip(first.strength, last.strength, strict=True)
@@ -76,7 +83,7 @@ def progressive(first: Phase, last: Phase, phases: int, multiple: int = 8) -> tu
                 Strength(*strength),
             )
         )
-    return (*found, last)
+    return (*found, *[last] * hold)
 
 
 @dataclass(frozen=True)
@@ -146,13 +153,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Step(NamedTuple):
-    """A row of the log."""
+    """A row of the log.
+
+    Attributes:
+        step: from 0 on.
+        epoch: from 0 on.
+        resolution: of the images.
+        lr: the learning rate.
+        loss: of this process's images.
+        accuracy: on the test images, after the last step of an epoch that ends with a test.
+    """
 
     step: int
     epoch: int
     resolution: int
     lr: float
     loss: float
+    accuracy: float | None = None
 
 
 class Trainer:
@@ -164,6 +181,7 @@ class Trainer:
         recipe: how.
         folder: for checkpoints and the log; None keeps nothing.
         save_every: steps between two checkpoints; the end of an epoch has one, too.
+        test_every: epochs between two tests; 0 for none.
         workers: processes that load images.
 
     In a process group (torchrun), each process trains on its share of every epoch, gradients are
@@ -178,9 +196,14 @@ class Trainer:
         folder: str | Path | None = None,
         *,
         save_every: int = 100,
+        test_every: int = 0,
         workers: int = 0,
     ) -> None:
-        self.data, self.recipe, self.save_every, self.workers = data, recipe, save_every, workers
+        self.data, self.recipe, self.workers = data, recipe, workers
+        self.save_every, self.test_every = save_every, test_every
+        self._augmented: Dataset[tuple[Tensor, int]] | None = None
+        if any(phase.strength.randaugment > 0 for phase in recipe.phases):
+            self._augmented = RandAugmented(data.train)
         self.folder = None if folder is None else Path(folder)
         self.device = next(model.parameters()).device
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -236,8 +259,10 @@ class Trainer:
         while self.step < end:
             for images, classes in self._batches(self.step // self.steps_per_epoch):
                 taken = self._take(images, classes)
-                self.log.append(taken)
                 self.step += 1
+                if self._tests():
+                    taken = taken._replace(accuracy=self.evaluate())
+                self.log.append(taken)
                 if self.step % self.save_every == 0 or self.step % self.steps_per_epoch == 0:
                     self.save()
                 if progress is not None:
@@ -252,14 +277,30 @@ class Trainer:
             generator=_generator(self.recipe.seed, epoch, 1),
         )
         size, first = self.recipe.batch, self.step % self.steps_per_epoch
-        batches = [
-            order[(i * self.world + self.rank) * size :][:size].tolist()
-            for i in range(first, self.steps_per_epoch)
-        ]
+        batches: list[Any] = []
+        for i in range(first, self.steps_per_epoch):
+            indices = order[(i * self.world + self.rank) * size :][:size].tolist()
+            batches.append(self._keys(epoch * self.steps_per_epoch + i, indices))
         yield from DataLoader(
-            self.data.train, batch_sampler=batches, num_workers=self.workers,
+            self._augmented or self.data.train, batch_sampler=batches, num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
+
+    def _keys(self, step: int, indices: list[int]) -> list[Any]:
+        """What the images of a step are asked for by."""
+        if self._augmented is None:
+            return indices
+        magnitude = self.phase(step).strength.randaugment
+        generator = _generator(self.recipe.seed, step, -1 - self.rank)
+        seeds = torch.randint(1 << 62, (len(indices),), generator=generator).tolist()
+        return [(index, magnitude, seed) for index, seed in zip(indices, seeds, strict=True)]
+
+    def _tests(self) -> bool:
+        """Whether the step before is followed by a test, here."""
+        if self.test_every == 0 or self.step % self.steps_per_epoch or self.rank != 0:
+            return False
+        epoch = self.step // self.steps_per_epoch
+        return epoch % self.test_every == 0 or epoch == self.recipe.epochs
 
     def _take(self, images: Tensor, classes: Tensor) -> Step:
         """One step."""
@@ -275,9 +316,8 @@ class Trainer:
                     module.eval()
         self.model.drop_rate = phase.drop_rate
         x = images.to(self.device, non_blocking=True)
-        x = distort(
-            x, phase.resolution, phase.strength.magnitude, self.data.mirrors, generator
-        )  # fmt: skip
+        x = distort(x, phase.resolution, phase.strength.magnitude, self.data.mirrors, generator)
+        x = normalise(x, self.data.mean, self.data.std)
         targets = F.one_hot(classes, self.data.classes).to(self.device, torch.float32)
         x, targets = mix(x, targets, phase.strength, generator)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -309,7 +349,8 @@ class Trainer:
         size = resolution or self.recipe.phases[-1].resolution
         right = count = 0
         for images, classes in DataLoader(self.data.test, self.recipe.batch):
-            logits = model(resize(images.to(self.device), size))
+            images = resize(images.to(self.device), size)
+            logits = model(normalise(images, self.data.mean, self.data.std))
             right += int((logits.argmax(1).cpu() == classes).sum())
             count += len(classes)
         return right / max(count, 1)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+HEAD_CHANNELS = 1280
+"""Of every published variant, before the width multiplier."""
+
 
 class Stage(NamedTuple):
     """A run of blocks; the first one has the stride.
@@ -44,6 +47,8 @@ class Variant(NamedTuple):
         stem: channels of the stem, before the width multiplier.
         least: how much of the scaled channels rounding must leave.
         train_resolution: side of the images at the end of training, if it is another.
+        stem_stride: 2; 1 suits small images.
+        head: channels of the head, before the width multiplier.
     """
 
     stages: tuple[Stage, ...]
@@ -54,6 +59,8 @@ class Variant(NamedTuple):
     stem: int = 32
     least: float = 0.9
     train_resolution: int | None = None
+    stem_stride: int = 2
+    head: int = HEAD_CHANNELS
 
 
 def _fused(expand: int, stride: int, channels: int, layers: int) -> Stage:
@@ -86,9 +93,6 @@ _V2_XL = (
     _fused(1, 1, 32, 4), _fused(4, 2, 64, 8), _fused(4, 2, 96, 8), Stage(4, 3, 2, 192, 16),
     Stage(6, 3, 1, 256, 24), Stage(6, 3, 2, 512, 32), Stage(6, 3, 1, 640, 8),
 )  # fmt: skip
-
-HEAD_CHANNELS = 1280
-"""Of every variant, before the width multiplier."""
 
 VARIANTS: dict[str, Variant] = {
     "efficientnet_b0": Variant(_B0, 224),

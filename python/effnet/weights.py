@@ -57,6 +57,19 @@ def to_torchvision(model: EfficientNet) -> dict[str, Tensor]:
     return _to(model, _torchvision_names)
 
 
+def from_any(model: EfficientNet, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under our names, whether they have timm's, torchvision's or ours already.
+
+    Raises:
+        ValueError: they are of another model; the message names a key.
+    """
+    if "conv_stem.weight" in state_dict:
+        return from_timm(model, state_dict)
+    if "features.0.0.weight" in state_dict:
+        return from_torchvision(model, state_dict)
+    return _from(model, state_dict, _our_names, "effnet")
+
+
 def _from(
     model: EfficientNet, state_dict: Mapping[str, Tensor], names: Callable[[EfficientNet], Names],
     library: str,
@@ -68,7 +81,7 @@ def _from(
         if source not in state_dict:
             raise ValueError(
                 f"state_dict: there is no {source!r}, which {library}'s model of this variant has; "
-                "is it another variant's, or already renamed?"
+                "is it another variant's?"
             )
         renamed[key] = state_dict[source]
         if renamed[key].shape != tensor.shape:
@@ -102,6 +115,11 @@ def _blocks(model: EfficientNet) -> Iterator[tuple[str, int, int, Any]]:
     for s, stage in enumerate(model.stages):
         for i, block in enumerate(stage.children()):
             yield f"stages.{s}.{i}", s, i, block
+
+
+def _our_names(model: EfficientNet) -> Names:
+    for name, _ in model.named_modules():
+        yield name, name
 
 
 def _timm_names(model: EfficientNet) -> Names:

@@ -157,7 +157,7 @@ def test_progressive(tmp_path: Path) -> None:
     out = tmp_path / "progressive.json"
     result = run(
         sys.executable, BENCHMARKS / "progressive.py", "--resolution", "8", "--first", "8",
-        "--phases", "2", "--epochs", "1", "--seeds", "1", "--out", out,
+        "--phases", "2", "--hold", "1", "--epochs", "1", "--seeds", "1", "--out", out,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads(out.read_text())

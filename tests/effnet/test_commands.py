@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from effnet.__main__ import main
+from effnet.augment import resize
 from effnet.cam import activation_map
+from effnet.data import digits
+from effnet.description import Description, read_description, write_description
 from effnet.export import export
 from effnet.images import normalise, overlay, read_image, write_image
 from PIL import Image
@@ -21,6 +24,7 @@ from stock_models import calibrate
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = "efficientnet_b0"
+COMMANDS = ("models", "train", "finetune", "predict", "cam", "export", "search", "evolve")
 
 
 @pytest.fixture(scope="module")
@@ -192,21 +196,12 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(out.splitlines()[1].split()[-1]) > 0
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command has an example."""
-    for words in (
-        [],
-        ["models"],
-        ["train"],
-        ["finetune"],
-        ["predict"],
-        ["cam"],
-        ["export"],
-        ["search"],
-    ):
-        with pytest.raises(SystemExit, match="0"):
-            main([*words, "--help"])
-        assert "example" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    assert "example" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(
@@ -265,8 +260,11 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "epoch 1/1  step 11/11  16 px" in text
     assert "test accuracy" in text
     lines = (out / "log.csv").read_text().splitlines()
-    assert lines[0] == "step,epoch,resolution,lr,loss"
+    assert lines[0] == "step,epoch,resolution,lr,loss,accuracy"
     assert [line.split(",")[2] for line in lines[1:]] == ["8"] * 6 + ["16"] * 5
+    accuracies = [line.split(",")[5] for line in lines[1:]]
+    assert accuracies[:-1] == [""] * 10
+    assert f"test accuracy {float(accuracies[-1]):.2%}" in text
     weights = torch.load(out / "weights.pt", weights_only=True)
     assert weights["classifier.weight"].shape[0] == 10
     status, _, err = run(capsys, *words)
@@ -290,3 +288,101 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is it another variant's" in err
     status, _, err = run(capsys, "train", "--data", "mnist", "--out", out)
     assert "expected digits, folder, CIFAR10" in err
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on the digits, with RandAugment and TensorBoard's events."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    words = (
+        f"train --data digits --resolution 16 --width 0.25 --depth 0.3 --stem-stride 1 --epochs 4 "
+        f"--lr 1e-2 --randaugment 4 --test-every 2 --tensorboard --out {out}"
+    )
+    assert main(words.split()) == 0
+    return out
+
+
+def test_trained_model_is_used(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """predict, cam and export take what train wrote, with nothing else to say: an image is given to
+    the network as in training; a picture; a file with one channel.
+    """
+    common = ("--model", digits_run / "model.json", "--weights", digits_run / "weights.pt")
+    described = read_description(digits_run / "model.json")
+    assert described.class_names == tuple("0123456789")
+    model = described.build().eval()
+    model.load_state_dict(torch.load(digits_run / "weights.pt", weights_only=True))
+    test = digits().test
+    for place in range(5):
+        small = resize(test[place][0][None], 16)
+        # predict looks at the middle 7/8 of a picture: 16 of 18 pixels.
+        framed = torch.nn.functional.pad(small[0, 0], (1, 1, 1, 1))
+        Image.fromarray((framed * 255).round().byte().numpy()).save(tmp_path / "digit.png")
+        status, text, _ = run(capsys, "predict", tmp_path / "digit.png", *common, "--top", 1)
+        assert status == 0
+        with torch.no_grad():
+            share, digit = model(normalise(small, (0.5,), (0.5,))).softmax(1).max(1)
+        assert text.split()[1] == str(digit.item())
+        assert float(text.split()[0].rstrip("%")) == pytest.approx(100 * share.item(), abs=1)
+    out = tmp_path / "cam.png"
+    status, text, _ = run(capsys, "cam", tmp_path / "digit.png", *common, "--out", out)
+    assert status == 0
+    assert Image.open(out).size == (16, 16 + 16)
+    status, text, _ = run(capsys, "export", *common, "--out", tmp_path / "digits.onnx")
+    assert status == 0
+    assert "images of 1 x 16 x 16" in text
+    # By the name alone it is another network.
+    status, _, err = run(capsys, "predict", tmp_path / "digit.png", "--model", MODEL, *common[2:])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is it another variant's" in err
+
+
+def test_events(digits_run: Path) -> None:
+    """TensorBoard has what the log has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(digits_run / "tensorboard"))
+    events.Reload()
+    rows = [line.split(",") for line in (digits_run / "log.csv").read_text().splitlines()[1:]]
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [int(row[0]) for row in rows]
+    assert [event.value for event in losses] == pytest.approx([float(row[4]) for row in rows])
+    tests = [(int(row[0]), float(row[5])) for row in rows if row[5]]
+    assert [step for step, _ in tests] == [43, 87]
+    assert [(event.step, event.value) for event in events.Scalars("accuracy")] == [
+        (step, pytest.approx(accuracy)) for step, accuracy in tests
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "model: there is no file"),
+        ("{", "describes no network"),
+        ('{"variant": {"stages": [{"expand": 1}]}}', "describes no network"),
+        ("[]", "describes no network"),
+    ],
+)
+def test_bad_descriptions_are_an_error(
+    text: str | None, message: str, weights: Path, photograph: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One line."""
+    path = tmp_path / "model.json"
+    if text is not None:
+        path.write_text(text)
+    status, _, err = run(capsys, "predict", photograph, "--model", path, "--weights", weights)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_descriptions_are_kept(tmp_path: Path) -> None:
+    """Written and read, they are the same."""
+    table = effnet.VARIANTS["efficientnetv2_s"]._replace(width=0.5, stem_stride=1, head=640)
+    for names in (None, ("a", "b")):
+        written = Description(table, 2, 1, "same", 1e-3, (0.5,), (0.25,), names)
+        write_description(tmp_path / "model.json", written)
+        assert read_description(tmp_path / "model.json") == written
+    with pytest.raises(ValueError, match="in a folder that exists"):
+        write_description(tmp_path / "gone" / "model.json", written)

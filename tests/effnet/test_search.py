@@ -10,6 +10,7 @@ import pytest
 import torch
 from effnet import search
 from effnet.__main__ import main
+from effnet.description import describe
 from effnet.search import Cost, StageCosts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,15 +24,6 @@ def measured(seconds: list[tuple[float, float]], parameters: list[tuple[int, int
         StageCosts(stage, 8, Cost(s[0], p[0]), Cost(s[1], p[1]))
         for stage, s, p in zip(STAGES, seconds, parameters, strict=False)
     ]
-
-
-def test_reward() -> None:
-    """At the target the accuracy itself; twice the FLOPs cost 4.7 % of it."""
-    assert search.reward(0.8, 1e9, 1e9) == pytest.approx(0.8)
-    assert search.reward(0.8, 2e9, 1e9) == pytest.approx(0.8 * 2**-0.07)
-    assert search.reward(0.8, 1e9, 1e9, weight=0) == 0.8
-    with pytest.raises(ValueError, match="cost: got 0"):
-        search.reward(0.8, 0, 1)
 
 
 def test_choice_without_a_budget() -> None:
@@ -88,8 +80,9 @@ def test_ways() -> None:
 
 def test_measure() -> None:
     """Every stage in both ways, with the parameters of the network that has it so."""
-    stages = effnet.scale_stages(STAGES, 0.5, 0.3)
-    found = search.measure(stages, 32, stem_channels=16, device=torch.device("cpu"), seconds=0.02)
+    table = effnet.VARIANTS["efficientnetv2_b0"]._replace(width=0.5, depth=0.3, resolution=32)
+    found = search.measure(table, device=torch.device("cpu"), seconds=0.02)
+    stages = effnet.scaled(table).stages
     assert [costs.resolution for costs in found] == [16, 8, 4, 2, 2, 1]
     assert all(cost.seconds > 0 for costs in found for cost in costs[2:])
     network = effnet.EfficientNet(
@@ -107,5 +100,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(out) == 1 + 6 + 1
     assert all(line.split()[-1] in ("fused", "mbconv") for line in out[1:7])
     assert (tmp_path / "stages.png").stat().st_size > 1000
+    chosen = tmp_path / "mine.json"
+    assert main([*words, "--most-parameters", "7", "--out", str(chosen)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    stages = describe(str(chosen)).variant.stages
+    assert [stage.fused for stage in stages] == [
+        line.split()[-1] == "fused" for line in printed[1:7]
+    ]
     assert main([*words, "--most-parameters", "0.1"]) == 2
     assert "budget: no table is within it" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from pathlib import Path
 import effnet
 import pytest
 import torch
-from effnet.augment import Strength, distort, mix, resize
+from effnet.augment import RandAugmented, Strength, distort, mix, resize
 from effnet.checkpoints import load_features
 from effnet.data import InMemory, digits, load
 from effnet.training import Phase, Recipe, Trainer, progressive
@@ -77,8 +77,12 @@ def test_progressive() -> None:
     assert [phase.resolution for phase in phases] == [128, 184, 240, 300]
     assert [phase.drop_rate for phase in phases] == pytest.approx([0.1, 1 / 6, 7 / 30, 0.3])
     assert [phase.strength.magnitude for phase in phases] == pytest.approx([0, 0.2, 0.4, 0.6])
+    held = progressive(phases[0], phases[-1], 5, hold=2)
+    assert held == (*phases, phases[-1])
     with pytest.raises(ValueError, match="phases: got 1"):
         progressive(phases[0], phases[-1], 1)
+    with pytest.raises(ValueError, match="hold: got 2, expected 1 to 1"):
+        progressive(phases[0], phases[-1], 2, hold=2)
 
 
 def test_schedule() -> None:
@@ -109,6 +113,56 @@ def test_resumed_run_is_the_same(tmp_path: Path) -> None:
     assert whole.averaged is not None and again.averaged is not None
     for mine, other in zip(again.averaged.parameters(), whole.averaged.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_randaugment(tmp_path: Path) -> None:
+    """Another change for each image and step, the same ones after resumption and from other
+    processes, stronger ones at a larger magnitude.
+    """
+    source = RandAugmented(InMemory(torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8),
+                                    torch.tensor([3, 5])))  # fmt: skip
+    image, label = source[1, 9.0, 7]
+    assert (label, image.dtype, image.shape) == (5, torch.uint8, (3, 24, 24))
+    state = torch.random.get_rng_state()
+    assert torch.equal(image, source[1, 9.0, 7][0])
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert len({tuple(source[1, 9.0, seed][0].flatten().tolist()) for seed in range(20)}) > 10
+    plain = source[1, 0.0, 0][0].float()
+    changes = [
+        sum(float((source[1, m, seed][0].float() - plain).abs().mean()) for seed in range(60))
+        for m in (3.0, 20.0)
+    ]
+    assert changes[0] < changes[1]
+
+    def settings() -> Recipe:
+        phases = progressive(
+            Phase(8, 0.0, Strength(randaugment=2)), Phase(16, 0.1, Strength(randaugment=6)), 2
+        )
+        return recipe(phases=phases, epochs=2)
+
+    whole = Trainer(small_model(), few_digits(), settings())
+    whole.fit()
+    half = Trainer(small_model(), few_digits(), settings(), tmp_path, save_every=4)
+    half.fit(until=9)
+    again = Trainer(small_model(), few_digits(), settings(), tmp_path, workers=1)
+    assert again.resume()
+    again.fit()
+    assert again.log == whole.log
+    other = Trainer(small_model(), few_digits(), recipe(phases=settings().phases[1:], epochs=2))
+    other.fit()
+    assert other.log != whole.log
+
+
+def test_tests_are_in_the_log() -> None:
+    """Every second epoch and the last; they change nothing."""
+    plain = Trainer(small_model(), few_digits(), recipe())
+    tested = Trainer(small_model(), few_digits(), recipe(), test_every=2)
+    plain.fit()
+    tested.fit()
+    found = [row.step for row in tested.log if row.accuracy is not None]
+    assert found == [11, 17]
+    assert tested.log[-1].accuracy == tested.evaluate() == plain.evaluate()
+    assert [row._replace(accuracy=None) for row in tested.log] == plain.log
 
 
 def test_killed_run_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""``effnet evolve``: a search for a better stage table, by training many small networks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from effnet.augment import Strength
+from effnet.commands.options import (
+    add_command,
+    add_data,
+    add_table,
+    load_data,
+    of_data,
+    positive,
+    varied,
+)
+from effnet.description import write_description
+from effnet.efficientnet import scaled
+from effnet.evolution import Individual, Proxy, evolve
+from effnet.training import Phase, Recipe
+from effnet.variants import Stage
+from effnet_kernels.bench.environment import default_device
+
+_EXAMPLES = """\
+examples:
+  effnet evolve --data digits --width 0.25 --depth 0.3 --resolution 16 --stem-stride 1 \\
+      --epochs 3 --rounds 50 --out runs/evolve --plot evolve.png        offline, some minutes
+  effnet evolve ... --rounds 100 --resume                               fifty more
+  effnet train --model runs/evolve/best.json --width 4 --depth 3 ...    what it found, larger
+"""
+
+
+# fmt: off
+def add(commands: Any) -> None:
+    """Its options."""
+    parser = add_command(
+        commands, "evolve", "searches stage tables by evolution, on a proxy task", _EXAMPLES, run
+    )
+    add_data(parser)
+    add_table(parser)
+
+    of_proxy = parser.add_argument_group("proxy task").add_argument
+    of_proxy("--epochs", type=positive, default=3, metavar="N", help="default: 3")
+    of_proxy("--batch", type=positive, default=64, metavar="N", help="default: 64")
+    of_proxy("--lr", type=float, default=5e-3, help="the highest (default: 0.005)")
+
+    of_search = parser.add_argument_group("search").add_argument
+    of_search("--rounds", type=positive, default=50, metavar="N",
+              help="tables to train (default: 50)")
+    of_search("--population", type=positive, default=10, metavar="N",
+              help="how many of the last ones can be parents (default: 10)")
+    of_search("--sample", type=positive, default=4, metavar="N",
+              help="how many of these compete to be (default: 4)")
+    of_search("--latency", action="store_true",
+              help="the cost is the time of an image on this device, not multiply-adds")
+    of_search("--target", type=float, metavar="COST",
+              help="that is wanted, in millions of multiply-adds or ms (default: the first's)")
+    of_search("--weight", type=float, default=-0.07,
+              help="of the cost in the reward accuracy * (cost / target) ** weight "
+              "(default: -0.07)")
+    of_search("--seed", type=int, default=0, help="default: 0")
+
+    of_run = parser.add_argument_group("run").add_argument
+    of_run("--out", type=Path, required=True, metavar="FOLDER",
+           help="of history.jsonl, every table that was tried, and best.json, for --model")
+    of_run("--resume", action="store_true", help="go on from the history in --out")
+    of_run("--plot", type=Path, metavar="FILE", help="such as evolve.png")
+# fmt: on
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """A line a table."""
+    first = varied(arguments)
+    table = scaled(first.variant)
+    data = load_data(table, arguments)
+    phase = Phase(table.resolution, 0.1, Strength(0.3))
+    recipe = Recipe(
+        (phase,), epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr,
+        seed=arguments.seed,
+    )  # fmt: skip
+    unit, scale = ("ms", 1e-3) if arguments.latency else ("M multiply-adds", 1e6)
+    # What must not change between a history and what is added to it.
+    settings = {
+        "table": repr(table), "data": arguments.data, "recipe": repr(recipe), "unit": unit,
+        "population": arguments.population, "sample": arguments.sample,
+        "target": arguments.target, "weight": arguments.weight,
+    }  # fmt: skip
+    path = arguments.out / "history.jsonl"
+    history = _read_history(path, settings) if arguments.resume else []
+    if not arguments.resume and path.exists():
+        raise ValueError(
+            f"out: there is a history in {str(arguments.out)!r}; --resume goes on with it, "
+            "another folder begins anew"
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = [settings, *(individual._asdict() for individual in history)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    best = max((individual.reward for individual in history), default=0.0)
+    turn = len(history)
+
+    def progress(found: Individual) -> None:
+        nonlocal best, turn
+        with path.open("a") as file:
+            file.write(f"{json.dumps(found._asdict())}\n")
+        mark = ""
+        if found.reward > best:
+            best, mark = found.reward, "  the best so far"
+            winner = first._replace(variant=table._replace(stages=found.stages))
+            write_description(arguments.out / "best.json", of_data(winner, data))
+        turn += 1
+        print(
+            f"{turn}/{arguments.rounds}  accuracy {found.accuracy:.2%}  "
+            f"{found.cost / scale:.3g} {unit}  reward {found.reward:.4f}{mark}",
+            flush=True,
+        )
+
+    history = evolve(
+        table.stages, Proxy(table, data, recipe, default_device(), latency=arguments.latency),
+        rounds=arguments.rounds, population=arguments.population, sample=arguments.sample,
+        target=arguments.target and arguments.target * scale, weight=arguments.weight,
+        seed=arguments.seed, history=history, progress=progress,
+    )  # fmt: skip
+    chosen = max(history, key=lambda individual: individual.reward)
+    print(
+        f"{'expand':>6} {'kernel':>6} {'stride':>6} {'channels':>8} {'layers':>6} {'SE':>5}  block"
+    )
+    for stage in chosen.stages:
+        block = "Fused-MBConv" if stage.fused else "MBConv"
+        print(
+            f"{stage.expand:>6} {stage.kernel_size:>6} {stage.stride:>6} {stage.channels:>8} "
+            f"{stage.layers:>6} {stage.squeeze:>5}  {block}"
+        )
+    print(f"wrote {arguments.out / 'best.json'}")
+    if arguments.plot is not None:
+        from effnet.plots import plot_evolution
+
+        plot_evolution(history, arguments.plot, unit)
+        print(f"wrote {arguments.plot}")
+    return 0
+
+
+def _read_history(path: Path, settings: dict[str, Any]) -> list[Individual]:
+    """Of a search with the same settings.
+
+    Raises:
+        ValueError: there is none, or it is of another search; the message is one line.
+    """
+    if not path.exists():
+        raise ValueError(f"out: there is no history in {str(path.parent)!r} to resume from")
+    found: list[Any] = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break  # the process was killed while it wrote
+    if not found or found[0] != settings:
+        raise ValueError(
+            f"out: {str(path)!r} is of another search; search in another folder, or with the "
+            "settings that it was begun with"
+        )
+    return [
+        Individual(**{**line, "stages": tuple(Stage(*stage) for stage in line["stages"])})
+        for line in found[1:]
+    ]
