@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh                   everything, in less than 10 minutes
 #   benchmarks/gpu.sh build kernels=60  some parts, kernels in at most 60 seconds, of:
-#                                       build tests sanitize tune kernels models ncu
+#                                       build tests sanitize tune kernels models search ncu
 #
 # A part that fails is reported and does not stop the others; the exit status is 1 if any did.
 # Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
@@ -14,10 +14,10 @@
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 
-readonly PARTS=(build tests sanitize tune kernels models ncu)
+readonly PARTS=(build tests sanitize tune kernels models search ncu)
 # Seconds; together with the start less than 10 minutes.
-declare -A LIMITS=([build]=105 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=110 [models]=125
-  [ncu]=35)
+declare -A LIMITS=([build]=105 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=100 [models]=115
+  [search]=20 [ncu]=35)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -143,6 +143,10 @@ part_models() {
       status=$?
   }
   return "$status"
+}
+
+part_search() {
+  limited python3 benchmarks/stages.py --seconds 0.5 --out "$OUT/search/stages.json"
 }
 
 part_ncu() {

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
 from effnet.complexity import complexity
-from readme import networks_table
+from family import networks_table
 
 import effnet_kernels
 from effnet_kernels.bench import environment, models, timing
@@ -97,6 +97,27 @@ def measure(
     return rows
 
 
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy by images a second, stock and ours."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for place, whose in enumerate(("stock", "ours")):
+        rows = [row for row in report["rows"] if whose in row["images_per_second"]]
+        rates = [row["images_per_second"][whose] for row in rows]
+        axes.plot(rates, [row["accuracy"] for row in rows], "o", color=f"C{place}", label=whose)
+        for row, rate in zip(rows, rates, strict=True):
+            axes.annotate(row["name"], (rate, row["accuracy"]), (4, 4), fontsize=7,
+                          textcoords="offset points")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel(f"images a second, batch {report['batch']}")
+    axes.set_ylabel("top-1 on ImageNet, %, as published")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> int:
     """Measures, writes and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,6 +139,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"environment": environment.describe(device), "batch": arguments.batch, "rows": rows}
     out.write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, out.with_suffix(".png"))
     print(networks_table(report))
     print(f"wrote {out}")
     return 0

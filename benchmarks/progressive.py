@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from effnet.augment import Strength
 from effnet.data import digits
 from effnet.training import Phase, Recipe, Trainer, progressive
-from readme import progressive_table
+from family import progressive_table, speedup
 
 from effnet_kernels.bench import environment
 
@@ -75,8 +74,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(progressive_table(report))
-    ratio = statistics.median(a[0] / b[0] for a, b in zip(*runs.values(), strict=True))
-    print(f"progressive learning is {ratio:.2f}x as fast; wrote {out}")
+    print(f"progressive learning is {speedup(report):.2f}x as fast; wrote {out}")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Draws the README's table and performance.md from the committed results:
-``python benchmarks/readme.py [--check]``.
+"""Draws the README's table, performance.md and the tables of the family's README from the committed
+results: ``python benchmarks/readme.py [--check]``.
 
 In the README one line a group of the kernel benchmark (geometric mean of the speed-ups over eager
 channels-last, and the smallest) and one a model run, for every device under benchmarks/results; in
@@ -10,13 +10,12 @@ of them is not what the results say.
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import family
 
 from effnet_kernels.bench import peers
 from effnet_kernels.bench.results import Group, Results, Row, groups, read
@@ -357,77 +356,7 @@ def performance(directory: Path) -> str:
         parts += [f"## {runs[0].environment['device']}", ""]
         parts += [f"- {_described(run)}" for run in runs]
         parts += ["", *summary, "", *details, ""]
-    return "\n".join([*parts, *_networks(directory), *_progressive(directory)])
-
-
-def _networks(directory: Path) -> list[str]:
-    """The family beside other networks, of each device that measured them."""
-    parts: list[str] = []
-    for path in sorted(directory.glob("*/networks/networks.json")):
-        report = json.loads(path.read_text())
-        environment = report["environment"]
-        parts += [
-            f"## Beside other networks, on {environment['device']}", "",
-            f"Inference, float32, batch {report['batch']}, {environment['threads']} threads, torch "
-            f"{environment['torch']}, {environment['date'][:10]}: medians of calls in turns.",
-            "`stock` is timm's in eager PyTorch, channels-last, `ours` the same `prepare`d, or",
-            "`convert`ed on a GPU. Accuracies are those of arXiv:1905.11946 and arXiv:2104.00298.",
-            "", networks_table(report), "",
-        ]  # fmt: skip
-    return parts
-
-
-def _progressive(directory: Path) -> list[str]:
-    """Progressive learning beside training at one size, of each device that measured it."""
-    parts: list[str] = []
-    for path in sorted(directory.glob("*/training/progressive.json")):
-        report = json.loads(path.read_text())
-        environment = report["environment"]
-        parts += [
-            f"## Progressive learning, on {environment['device']}", "",
-            f"A small EfficientNet on scikit-learn's digits, {report['epochs']} epochs,",
-            f"{environment['threads']} threads, torch {environment['torch']}, "
-            f"{environment['date'][:10]}: `effnet.training`, the two in turns, seed by seed.",
-            "", progressive_table(report), "",
-        ]  # fmt: skip
-    return parts
-
-
-def progressive_table(report: dict[str, Any]) -> str:
-    """What ``progressive.py`` measured, as Markdown."""
-    lines = [
-        "| training | resolutions | runs | seconds, median | accuracy, mean (least) |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for name, runs in report["runs"].items():
-        seconds = statistics.median(run[0] for run in runs)
-        accuracies = [run[1] for run in runs]
-        sizes = ", ".join(map(str, report["resolutions"][name]))
-        lines.append(
-            f"| {name} | {sizes} | {len(runs)} | {seconds:.1f} | "
-            f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}) |"
-        )
-    return "\n".join(lines)
-
-
-def networks_table(report: dict[str, Any]) -> str:
-    """What ``networks.py`` measured, as Markdown."""
-    lines = [
-        "| network | top-1, published | parameters | multiply-adds | stock, images/s | "
-        "ours, images/s | over ResNet-50 |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    rates = {row["name"]: row["images_per_second"] for row in report["rows"]}
-    baseline = rates.get("resnet50", {}).get("stock")
-    for row in report["rows"]:
-        stock, ours = rates[row["name"]]["stock"], rates[row["name"]].get("ours")
-        ratio = f"{(ours or stock) / baseline:.2f}x" if baseline else "-"
-        lines.append(
-            f"| {row['name']} at {row['resolution']} | {row['accuracy']:.1f} % | "
-            f"{row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G | {stock:.3g} | "
-            f"{'-' if ours is None else f'{ours:.3g}'} | {ratio} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(parts)
 
 
 def _described(run: Results) -> str:
@@ -460,6 +389,7 @@ def main() -> int:
     drawn = {
         "README.md": _MARKS.sub(lambda match: match[1] + "\n" + draw(RESULTS) + match[2], readme),
         "benchmarks/performance.md": performance(RESULTS),
+        family.README: family.draw((ROOT / family.README).read_text(), RESULTS),
     }
     stale = False
     for name, text in drawn.items():

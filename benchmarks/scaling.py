@@ -1,6 +1,6 @@
 """Draws how multiply-adds grow under compound scaling, and along one axis, of several networks.
 
-    python benchmarks/scaling.py          # writes benchmarks/scaling.png
+    python benchmarks/scaling.py     # writes benchmarks/figures/scaling.png
 
 Nothing is measured: networks are built without memory and counted.
 """
@@ -40,7 +40,7 @@ def main() -> int:
     """Writes the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_suffix(".png"), metavar="FILE"
+        "--out", type=Path, default=Path(__file__).parent / "figures/scaling.png", metavar="FILE"
     )
     arguments = parser.parse_args()
     import matplotlib.pyplot as plt

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from effnet_kernels.activations import activation_code
 from effnet_kernels.layers.running_statistics import (
     Batch,
     normalises_by_batch,
@@ -109,6 +110,51 @@ def check_drop_path(rate: float) -> float:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"drop_path: got {rate}, expected a probability below 1")
     return rate
+
+
+class BlockModule(nn.Module):
+    """What MBConv and FusedMBConv have in common, both as their docstrings have it: settings,
+    squeeze-and-excitation, drop path.
+
+    Raises:
+        ValueError: ``activation`` or ``gate`` is not known, or ``drop_path`` is no probability.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int,
+        padding: int | str | Sequence[int] | None, drop_path: float, activation: str, gate: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        activation_code("activation", activation)
+        activation_code("gate", gate)
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
+        self.residual = stride == 1 and in_channels == out_channels
+        self.reduce: nn.Conv2d | None = None
+        self.excite: nn.Conv2d | None = None
+
+    def add_squeeze_excite(self, channels: int, squeezed: int) -> None:
+        """Squeeze-and-excitation of ``channels``, unless ``squeezed`` is 0."""
+        if squeezed:
+            self.reduce = nn.Conv2d(channels, squeezed, 1)
+            self.excite = nn.Conv2d(squeezed, channels, 1)
+
+    def squeeze_excite(self) -> Excite | None:
+        """Its modules, if there are any."""
+        if self.reduce is None or self.excite is None:
+            return None
+        return Excite(self.reduce, self.excite, self.activation, self.gate)
+
+    def sample_scale(self, x: Tensor) -> Tensor | None:
+        """What drop path multiplies each image by, or None."""
+        return drop_path_scale(self, self.drop_path, x)
+
+    def extra_repr(self) -> str:
+        """The settings that no child shows."""
+        return (
+            f"padding={self.padding!r}, activation={self.activation!r}, gate={self.gate!r}, "
+            f"drop_path={self.drop_path}"
+        )
 
 
 def update(norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Statistics | None]) -> None:

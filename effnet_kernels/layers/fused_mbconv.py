@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.activations import activation_code
 from effnet_kernels.layers.block import (
+    BlockModule,
     Excite,
     Stage,
-    check_drop_path,
-    drop_path_scale,
     update,
 )
 from effnet_kernels.layers.running_statistics import normalises_by_batch
@@ -89,7 +87,7 @@ def run_fused_mbconv(
     return output
 
 
-class FusedMBConv(nn.Module):
+class FusedMBConv(BlockModule):
     """The Fused-MBConv block of EfficientNetV2: a dense k x k convolution that expands, BN,
     activation, squeeze-and-excitation if wanted, a 1x1 projection, BN, and the input where the
     shapes allow it.
@@ -140,14 +138,11 @@ class FusedMBConv(nn.Module):
         activation: str = "silu",
         gate: str = "sigmoid",
     ) -> None:
-        super().__init__()
-        activation_code("activation", activation)
-        activation_code("gate", gate)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, drop_path, activation, gate
+        )
         if squeezed and expand_ratio == 1:
             raise ValueError(f"squeezed: got {squeezed}, expected 0 where expand_ratio is 1")
-        self.padding = kernel_size // 2 if padding is None else padding
-        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
-        self.residual = stride == 1 and in_channels == out_channels
 
         def norm(channels: int) -> nn.BatchNorm2d:
             return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
@@ -156,28 +151,17 @@ class FusedMBConv(nn.Module):
         # The op pads; the module's own padding would not be read.
         self.expand_conv = nn.Conv2d(in_channels, channels, kernel_size, stride, bias=False)
         self.expand_bn = norm(channels)
-        self.reduce = self.excite = self.project_conv = self.project_bn = None
-        if squeezed:
-            self.reduce = nn.Conv2d(channels, squeezed, 1)
-            self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.project_conv = self.project_bn = None
+        self.add_squeeze_excite(channels, squeezed)
         if expand_ratio != 1:
             self.project_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
             self.project_bn = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
-        excite = project = None
-        if self.reduce is not None and self.excite is not None:
-            excite = Excite(self.reduce, self.excite, self.activation, self.gate)
+        project = None
         if self.project_conv is not None and self.project_bn is not None:
             project = Stage(self.project_conv, self.project_bn, "identity")
         expand = Stage(self.expand_conv, self.expand_bn, self.activation)
-        block = FusedBlock(expand, excite, project, self.padding, self.residual)
-        return run_fused_mbconv(x, block, lambda: drop_path_scale(self, self.drop_path, x))
-
-    def extra_repr(self) -> str:
-        """The settings that no child shows."""
-        return (
-            f"padding={self.padding!r}, activation={self.activation!r}, gate={self.gate!r}, "
-            f"drop_path={self.drop_path}"
-        )
+        block = FusedBlock(expand, self.squeeze_excite(), project, self.padding, self.residual)
+        return run_fused_mbconv(x, block, lambda: self.sample_scale(x))

@@ -8,12 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from effnet_kernels.activations import activation_code
 from effnet_kernels.layers.block import (
+    BlockModule,
     Excite,
     Stage,
-    check_drop_path,
-    drop_path_scale,
     update,
 )
 from effnet_kernels.layers.running_statistics import normalises_by_batch
@@ -88,7 +86,7 @@ def run_mbconv(input: Tensor, block: Block, sample_scale: Callable[[], Tensor | 
     return output
 
 
-class MBConv(nn.Module):
+class MBConv(BlockModule):
     """The MBConv block of EfficientNet: a 1x1 convolution that expands, a depthwise k x k one,
     squeeze-and-excitation, a 1x1 projection, BN after each convolution, an activation after all but
     the last, and the input where the shapes allow it.
@@ -138,18 +136,15 @@ class MBConv(nn.Module):
         activation: str = "silu",
         gate: str = "sigmoid",
     ) -> None:
-        super().__init__()
-        activation_code("activation", activation)
-        activation_code("gate", gate)
-        self.padding = kernel_size // 2 if padding is None else padding
-        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
-        self.residual = stride == 1 and in_channels == out_channels
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, drop_path, activation, gate
+        )
 
         def norm(channels: int) -> nn.BatchNorm2d:
             return nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
 
         channels = in_channels * expand_ratio
-        self.expand_conv = self.expand_bn = self.reduce = self.excite = None
+        self.expand_conv = self.expand_bn = None
         if expand_ratio != 1:
             self.expand_conv = nn.Conv2d(in_channels, channels, 1, bias=False)
             self.expand_bn = norm(channels)
@@ -158,27 +153,18 @@ class MBConv(nn.Module):
             channels, channels, kernel_size, stride, groups=channels, bias=False
         )
         self.depthwise_bn = norm(channels)
-        if squeezed:
-            self.reduce = nn.Conv2d(channels, squeezed, 1)
-            self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.add_squeeze_excite(channels, squeezed)
         self.project_conv = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.project_bn = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of x, (N, C, H, W)."""
-        expand = excite = None
+        expand = None
         if self.expand_conv is not None and self.expand_bn is not None:
             expand = Stage(self.expand_conv, self.expand_bn, self.activation)
-        if self.reduce is not None and self.excite is not None:
-            excite = Excite(self.reduce, self.excite, self.activation, self.gate)
         depthwise = Stage(self.depthwise_conv, self.depthwise_bn, self.activation)
         project = Stage(self.project_conv, self.project_bn, "identity")
-        block = Block(expand, depthwise, excite, project, self.padding, self.residual)
-        return run_mbconv(x, block, lambda: drop_path_scale(self, self.drop_path, x))
-
-    def extra_repr(self) -> str:
-        """The settings that no child shows."""
-        return (
-            f"padding={self.padding!r}, activation={self.activation!r}, gate={self.gate!r}, "
-            f"drop_path={self.drop_path}"
+        block = Block(
+            expand, depthwise, self.squeeze_excite(), project, self.padding, self.residual
         )
+        return run_mbconv(x, block, lambda: self.sample_scale(x))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from effnet.efficientnet import EfficientNet, create_model
+from effnet.files import replace
 from effnet.images import MEAN, STD
 from effnet.variants import Stage, Variant, variant
 
@@ -59,7 +60,7 @@ def write_description(path: str | Path, description: Description) -> None:
     stages = [stage._asdict() for stage in table.stages]
     document = {**description._asdict(), "variant": {**table._asdict(), "stages": stages}}
     try:
-        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        replace(Path(path), lambda file: file.write_text(json.dumps(document, indent=1) + "\n"))
     except OSError as error:
         raise ValueError(
             f"out: {str(path)!r} cannot be written; expected a file in a folder that exists"

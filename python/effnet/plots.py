@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ from effnet.evolution import Individual
 from effnet.search import StageCosts
 
 
-def plot_stages(measured: Sequence[StageCosts], path: str | Path) -> None:
+def plot_stages(measured: Mapping[str, Sequence[StageCosts]], path: str | Path) -> None:
     """Bars of both kinds of block, a group a stage.
+
+    Args:
+        measured: the stages of each panel, by its title.
+        path: of the picture.
 
     Raises:
         ValueError: the name says no kind of image, or its folder does not exist.
@@ -20,23 +24,27 @@ def plot_stages(measured: Sequence[StageCosts], path: str | Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4))
-    for offset, label in ((-0.2, "mbconv"), (0.2, "fused")):
-        times = [getattr(costs, label).seconds * 1e3 for costs in measured]
-        axes.bar([i + offset for i in range(len(measured))], times, 0.4, label=label)
-    labels = [f"{costs.stage.channels}\nat {costs.resolution}" for costs in measured]
-    axes.set_xticks(range(len(measured)), labels)
-    axes.set_xlabel("channels of the stage, side of its output")
-    axes.set_ylabel("ms an image")
-    axes.legend()
+    figure, panels = plt.subplots(1, len(measured), figsize=(7 * len(measured), 4), squeeze=False)
+    for axes, (title, stages) in zip(panels[0], measured.items(), strict=True):
+        for offset, label in ((-0.2, "mbconv"), (0.2, "fused")):
+            times = [getattr(costs, label).seconds * 1e3 for costs in stages]
+            axes.bar([i + offset for i in range(len(stages))], times, 0.4, label=label)
+        labels = [f"{costs.stage.channels}\nat {costs.resolution}" for costs in stages]
+        axes.set_xticks(range(len(stages)), labels)
+        axes.set_xlabel("channels of the stage, side of its output")
+        axes.set_ylabel("ms an image")
+        axes.set_title(title)
+        axes.legend()
     _save(figure, path)
 
 
-def plot_evolution(history: Sequence[Individual], path: str | Path, unit: str) -> None:
+def plot_evolution(
+    histories: Mapping[str, Sequence[Individual]], path: str | Path, unit: str
+) -> None:
     """On the left the best reward so far, on the right every table's accuracy by its cost.
 
     Args:
-        history: of the search.
+        histories: of searches from the same table, by their names.
         path: of the picture.
         unit: of the cost.
 
@@ -46,26 +54,25 @@ def plot_evolution(history: Sequence[Individual], path: str | Path, unit: str) -
     """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    rewards = [individual.reward for individual in history]
-    left.plot(rewards, ".", color="0.6", label="a table")
-    left.plot(list(itertools.accumulate(rewards, max)), label="the best so far")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for place, (name, history) in enumerate(histories.items()):
+        colour = f"C{place}"
+        rewards = [individual.reward for individual in history]
+        left.plot(rewards, ".", color=colour, alpha=0.3)
+        left.plot(list(itertools.accumulate(rewards, max)), color=colour, label=name)
+        costs, accuracies = [i.cost for i in history], [i.accuracy for i in history]
+        right.plot(costs, accuracies, ".", color=colour, alpha=0.4)
+        best = max(history, key=lambda individual: individual.reward)
+        right.plot(best.cost, best.accuracy, "o", color=colour, label=f"{name}'s best")
+    first = next(iter(histories.values()))[0]
+    right.plot(first.cost, first.accuracy, "kx", ms=9, label="the first")
     left.set_xlabel("tables trained")
-    left.set_ylabel("reward")
+    left.set_ylabel("reward, and the best so far")
     left.legend()
-    drawn = right.scatter(
-        [individual.cost for individual in history],
-        [individual.accuracy for individual in history],
-        c=range(len(history)), s=14,
-    )  # fmt: skip
-    right.plot(history[0].cost, history[0].accuracy, "rx", label="the first")
-    best = max(history, key=lambda individual: individual.reward)
-    right.plot(best.cost, best.accuracy, "ro", mfc="none", ms=10, label="the best")
     right.set_xscale("log")
     right.set_xlabel(unit)
     right.set_ylabel("accuracy")
     right.legend()
-    figure.colorbar(drawn, ax=right, label="tables trained before")
     _save(figure, path)
 
 

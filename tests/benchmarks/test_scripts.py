@@ -46,7 +46,7 @@ def test_gpu_script_knows_its_parts(tmp_path: Path) -> None:
     assert "no part 'bake', only: build tests" in result.stderr
     result = run(BENCHMARKS / "gpu.sh", "--help")
     assert result.returncode == 0
-    assert "build tests sanitize tune kernels models ncu" in result.stdout
+    assert "build tests sanitize tune kernels models search ncu" in result.stdout
 
 
 def test_exercise_needs_a_gpu() -> None:
@@ -133,8 +133,8 @@ def test_scaling_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_networks() -> None:
     """Stock and ours of each network, and the table that is drawn of them."""
+    import family
     import networks
-    import readme
 
     small = (
         networks.Network("resnet18", 32, 69.8),
@@ -146,7 +146,7 @@ def test_networks() -> None:
     rows[0]["name"] = "resnet50"
     rows[0]["images_per_second"]["stock"] = 10.0
     rows[1]["images_per_second"] = {"stock": 15.0, "ours": 40.0}
-    lines = readme.networks_table({"rows": rows}).splitlines()
+    lines = family.networks_table({"rows": rows}).splitlines()
     assert lines[2].startswith("| resnet50 at 32 | 69.8 % | 11.7 M |")
     assert lines[2].endswith("| 10 | - | 1.00x |")
     assert lines[3].endswith("| 15 | 40 | 4.00x |")
@@ -163,3 +163,75 @@ def test_progressive(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert sorted(report["runs"]) == ["one size", "progressive"]
     assert "| progressive | 8, 8 | 1 |" in result.stdout
+
+
+def test_stages(tmp_path: Path) -> None:
+    """Every stage in both ways with both kinds of kernels, and the table of it."""
+    out = tmp_path / "stages.json"
+    result = run(
+        sys.executable, BENCHMARKS / "stages.py", "--model", "efficientnetv2_b0",
+        "--resolution", "32", "--seconds", "0.02", "--out", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert {name: len(stages) for name, stages in report["stages"].items()} == {
+        "effnet_kernels": 6, "PyTorch": 6,
+    }  # fmt: skip
+    assert out.with_suffix(".png").exists()
+    assert "| 2 x 32 at 8, expand 4 |" in result.stdout
+
+
+def test_stages_table() -> None:
+    """The faster way of each, and by how much."""
+    import family
+
+    stage = {"layers": 2, "channels": 32, "expand": 4}
+    row = {"stage": stage, "resolution": 8, "mbconv": {"seconds": 2e-3}}
+    report = {
+        "stages": {
+            "ours": [{**row, "fused": {"seconds": 3e-3}}],
+            "theirs": [{**row, "fused": {"seconds": 5e-4}}],
+        }
+    }
+    line = family.stages_table(report).splitlines()[2]
+    assert line == "| 2 x 32 at 8, expand 4 | 2 | 3 | MBConv 1.50x | 2 | 0.5 | Fused 4.00x |"
+
+
+def test_evolution(tmp_path: Path) -> None:
+    """Both searches train as many tables, from the same one."""
+    out = tmp_path / "evolution.json"
+    result = run(
+        sys.executable, BENCHMARKS / "evolution.py", "--rounds", "2", "--epochs", "1", "--out", out
+    )
+    assert result.returncode == 0, result.stderr
+    histories = json.loads(out.read_text())["histories"]
+    assert [len(history) for history in histories.values()] == [2, 2]
+    assert histories["evolution"][0] == histories["random walks"][0]
+    assert out.with_suffix(".png").exists()
+    assert "| evolution | 2 |" in result.stdout
+
+
+def test_scaled_networks_of_the_maps() -> None:
+    """Each about four times as large as the small one."""
+    import cams
+
+    costs = {name: cams.multiply_adds(baseline) for name, baseline in cams.ways().items()}
+    small = costs.pop("the small one")
+    assert len(costs) == 4
+    for name, cost in costs.items():
+        assert cost / small == pytest.approx(4, rel=0.2), name
+
+
+def test_clutter() -> None:
+    """A digit is in its picture, whole; the same seed makes the same picture."""
+    import cams
+    from effnet.augment import resize
+
+    digits = torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
+    pictures = cams.cluttered(digits, 1)
+    assert pictures.shape == (3, 3, cams.SIDE, cams.SIDE)
+    assert torch.equal(pictures, cams.cluttered(digits, 1))
+    large = (resize(digits, 12) * 255).round().to(torch.uint8)
+    windows = pictures[:, :1].unfold(2, 12, 1).unfold(3, 12, 1)
+    for window, digit in zip(windows, large, strict=True):
+        assert (window == digit[0]).flatten(-2).all(-1).any()

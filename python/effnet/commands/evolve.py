@@ -20,6 +20,8 @@ from effnet.commands.options import (
 from effnet.description import write_description
 from effnet.efficientnet import scaled
 from effnet.evolution import Individual, Proxy, evolve
+from effnet.files import replace
+from effnet.plots import plot_evolution
 from effnet.training import Phase, Recipe
 from effnet.variants import Stage
 from effnet_kernels.bench.environment import default_device
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [settings, *(individual._asdict() for individual in history)]
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    replace(path, lambda file: file.write_text("".join(f"{json.dumps(line)}\n" for line in lines)))
     best = max((individual.reward for individual in history), default=0.0)
     turn = len(history)
 
@@ -135,9 +137,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(f"wrote {arguments.out / 'best.json'}")
     if arguments.plot is not None:
-        from effnet.plots import plot_evolution
-
-        plot_evolution(history, arguments.plot, unit)
+        plot_evolution(
+            {"evolution": history},
+            arguments.plot,
+            "seconds" if arguments.latency else "multiply-adds",
+        )
         print(f"wrote {arguments.plot}")
     return 0
 

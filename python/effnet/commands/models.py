@@ -9,8 +9,9 @@ import torch
 
 from effnet.commands.options import add_command, positive
 from effnet.complexity import complexity
+from effnet.description import describe
 from effnet.efficientnet import create_model
-from effnet.variants import VARIANTS, variant
+from effnet.variants import VARIANTS, Variant
 from effnet_kernels.bench.environment import default_device
 from effnet_kernels.bench.timing import Contender, measure
 
@@ -21,7 +22,9 @@ def add(commands: Any) -> None:
         commands, "models", "the family, with parameters, multiply-adds and resolution",
         "example: effnet models efficientnetv2_s --measure --batch 8", run,
     )  # fmt: skip
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of models (default: all)")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="of models, or model.json (default: all)"
+    )
     parser.add_argument("--measure", action="store_true", help="images a second on this device")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="default: 1")
 
@@ -29,7 +32,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """A line each."""
     names = arguments.names or list(VARIANTS)
-    variants = [variant(name) for name in names]
+    variants = [describe(name).variant for name in names]
     device = default_device()
     measured = f"  {'images/s':>9}" if arguments.measure else ""
     print(f"{'model':20}{'parameters':>12}{'multiply-adds':>15}{'resolution':>12}{measured}")
@@ -42,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{table.resolution:>12}"
         )
         if arguments.measure:
-            rate = _images_per_second(name, table.resolution, arguments.batch, device)
+            rate = _images_per_second(table, arguments.batch, device)
             line += f"  {rate:>9.3g}"
         print(line, flush=True)
     if arguments.measure:
@@ -51,12 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _images_per_second(name: str, resolution: int, batch: int, device: torch.device) -> float:
+def _images_per_second(table: Variant, batch: int, device: torch.device) -> float:
     """From the median of about two seconds of calls."""
-    model = create_model(name).eval().to(device)
+    model = create_model(table).eval().to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, resolution, resolution, device=device)
+    images = torch.randn(batch, 3, table.resolution, table.resolution, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        times = measure([Contender(name, model, [images])], device, cold=False, seconds=2.0)
-    return batch / times[name].median
+        times = measure([Contender("model", model, [images])], device, cold=False, seconds=2.0)
+    return batch / times["model"].median

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         way = "fused" if stage.fused else "mbconv"
         print(f"{shape:28}{first:>22}{second:>22}{ratio:>7.2f}x  {way}")
     if arguments.plot is not None:
-        plot_stages(measured, arguments.plot)
+        plot_stages({arguments.model: measured}, arguments.plot)
         print(f"wrote {arguments.plot}")
     if arguments.out is not None:
         write_description(arguments.out, Description(table._replace(stages=chosen)))

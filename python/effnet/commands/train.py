@@ -27,6 +27,7 @@ from effnet.commands.options import (
     with_origin,
 )
 from effnet.description import write_description
+from effnet.files import replace
 from effnet.training import OPTIMIZERS, Phase, Recipe, Step, Trainer, progressive
 from effnet_kernels.bench.environment import default_device
 
@@ -150,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer.fit(progress=_progress(trainer, arguments) if trainer.rank == 0 else None)
     if trainer.rank == 0:
         best = model if trainer.averaged is None else trainer.averaged.module
-        torch.save(best.state_dict(), arguments.out / "weights.pt")
+        replace(arguments.out / "weights.pt", lambda path: torch.save(best.state_dict(), path))
         print(f"test accuracy {trainer.log[-1].accuracy:.2%}")
         print(f"wrote {arguments.out / 'weights.pt'} and {arguments.out / 'model.json'}")
     if distributed:

@@ -1,0 +1,198 @@
+"""The tables of python/effnet/README.md, each between a pair of marks; ``readme.py`` draws them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import effnet
+import torch
+
+README = "python/effnet/README.md"
+_MARKS = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- /drawn -->)", re.DOTALL)
+Report = dict[str, Any]
+"""A JSON file of results."""
+
+
+def draw(text: str, directory: Path) -> str:
+    """The family's README with its tables as the results in ``directory`` say."""
+
+    def part(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{PARTS[match[2]](directory)}\n\n{match[3]}"
+
+    return _MARKS.sub(part, text)
+
+
+def variants(_: Path) -> str:
+    """What every member is and costs, counted."""
+    lines = [
+        "| model | resolution | width | depth | blocks | parameters | multiply-adds |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, table in effnet.VARIANTS.items():
+        with torch.device("meta"):
+            model = effnet.create_model(table)
+        cost = effnet.complexity(model, table.resolution)
+        blocks = sum(stage.layers for stage in effnet.scaled(table).stages)
+        lines.append(
+            f"| {name} | {table.resolution} | {table.width:g} | {table.depth:g} | {blocks} | "
+            f"{cost.parameters / 1e6:.1f} M | {cost.multiply_adds / 1e9:.2f} G |"
+        )
+    return "\n".join(lines)
+
+
+def _of_devices(pattern: str, how: Callable[[Report, Path], Iterator[str]]) -> Callable[..., str]:
+    """What to draw of a benchmark: of every device that has its results."""
+
+    def drawn(directory: Path) -> str:
+        parts = []
+        for path in sorted(directory.glob(f"*/{pattern}.json")):
+            report = json.loads(path.read_text())
+            parts.append("\n".join(how(report, path.relative_to(directory))))
+        return "\n\n".join(parts) or "Not measured yet."
+
+    return drawn
+
+
+def _where(report: Report) -> str:
+    environment = report["environment"]
+    return (
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
+        f"{environment['date'][:10]}"
+    )
+
+
+def _picture(what: str, path: Path) -> str:
+    """Beside the results, as seen from the README."""
+    return f"![{what}](../../benchmarks/results/{path.with_suffix('.png')})"
+
+
+def networks_table(report: Report) -> str:
+    """What ``networks.py`` measured, as Markdown."""
+    lines = [
+        "| network | top-1, published | parameters | multiply-adds | stock, images/s | "
+        "ours, images/s | over ResNet-50 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    rates = {row["name"]: row["images_per_second"] for row in report["rows"]}
+    baseline = rates.get("resnet50", {}).get("stock")
+    for row in report["rows"]:
+        stock, ours = rates[row["name"]]["stock"], rates[row["name"]].get("ours")
+        ratio = f"{(ours or stock) / baseline:.2f}x" if baseline else "-"
+        lines.append(
+            f"| {row['name']} at {row['resolution']} | {row['accuracy']:.1f} % | "
+            f"{row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G | {stock:.3g} | "
+            f"{'-' if ours is None else f'{ours:.3g}'} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def _networks(report: Report, path: Path) -> Iterator[str]:
+    yield f"On {_where(report)}: inference, float32, batch {report['batch']}."
+    yield ""
+    yield networks_table(report)
+    yield ""
+    yield _picture("accuracy by speed", path)
+
+
+def progressive_table(report: Report) -> str:
+    """What ``progressive.py`` measured, as Markdown."""
+    lines = [
+        "| training | resolutions | runs | seconds, median | accuracy, mean (least) |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for name, runs in report["runs"].items():
+        seconds = statistics.median(run[0] for run in runs)
+        accuracies = [run[1] for run in runs]
+        sizes = ", ".join(map(str, report["resolutions"][name]))
+        lines.append(
+            f"| {name} | {sizes} | {len(runs)} | {seconds:.1f} | "
+            f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}) |"
+        )
+    return "\n".join(lines)
+
+
+def speedup(report: Report) -> float:
+    """Of progressive learning over training at one size: the median of the runs' ratios."""
+    runs = report["runs"]
+    pairs = zip(runs["one size"], runs["progressive"], strict=True)
+    return statistics.median(one[0] / progressive[0] for one, progressive in pairs)
+
+
+def _progressive(report: Report, _: Path) -> Iterator[str]:
+    yield (
+        f"On {_where(report)}: a small EfficientNet on scikit-learn's digits, {report['epochs']} "
+        f"epochs; the two in turns, seed by seed. Progressive learning is {speedup(report):.2f} "
+        "times as fast."
+    )
+    yield ""
+    yield progressive_table(report)
+
+
+def stages_table(report: Report) -> str:
+    """What ``stages.py`` measured, as Markdown."""
+    names = list(report["stages"])
+    heads = [f"{name}: MBConv, ms | Fused, ms | faster" for name in names]
+    lines = [f"| stage | {' | '.join(heads)} |", "|---" + "|--:|--:|---" * len(names) + "|"]
+    for rows in zip(*report["stages"].values(), strict=True):
+        stage = rows[0]["stage"]
+        shape = f"{stage['layers']} x {stage['channels']} at {rows[0]['resolution']}"
+        cells = []
+        for row in rows:
+            mbconv, fused = (row[way]["seconds"] * 1e3 for way in ("mbconv", "fused"))
+            which = "Fused" if fused < mbconv else "MBConv"
+            ratio = max(fused, mbconv) / min(fused, mbconv)
+            cells.append(f"{mbconv:.3g} | {fused:.3g} | {which} {ratio:.2f}x")
+        lines.append(f"| {shape}, expand {stage['expand']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _stages(report: Report, path: Path) -> Iterator[str]:
+    yield (
+        f"On {_where(report)}: {report['model']}'s stages at {report['resolution']}, inference, "
+        f"{report['dtype']}, batch {report['batch']}, time of an image."
+    )
+    yield ""
+    yield stages_table(report)
+    yield ""
+    yield _picture("times of the stages", path)
+
+
+def evolution_table(report: Report) -> str:
+    """What ``evolution.py`` found, as Markdown."""
+    lines = [
+        "| search | tables | first: accuracy | multiply-adds | best: accuracy | multiply-adds | "
+        "reward |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, history in report["histories"].items():
+        first, best = history[0], max(history, key=lambda individual: individual["reward"])
+        costs = [f"{found['cost'] / 1e6:.2f} M" for found in (first, best)]
+        lines.append(
+            f"| {name} | {len(history)} | {first['accuracy']:.2%} | {costs[0]} | "
+            f"{best['accuracy']:.2%} | {costs[1]} | {first['reward']:.3f} to "
+            f"{best['reward']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _evolution(report: Report, path: Path) -> Iterator[str]:
+    yield f"On {_where(report)}: {report['epochs']} epochs a table."
+    yield ""
+    yield evolution_table(report)
+    yield ""
+    yield _picture("rewards and costs", path)
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "variants": variants,
+    "networks": _of_devices("networks/networks", _networks),
+    "progressive": _of_devices("training/progressive", _progressive),
+    "stages": _of_devices("search/stages", _stages),
+    "evolution": _of_devices("search/evolution", _evolution),
+}
+"""By the names in the marks."""
