@@ -31,6 +31,10 @@ constexpr int64_t kBandBytes = 320 * 1024;
 constexpr int64_t kBandPixels = 512;
 // Bands, if there are rows enough: several for each thread of a large machine.
 constexpr int64_t kBands = 64;
+// Weights beyond a core's L2 come from memory, once a band; so many pixels at least then share
+// them.
+constexpr int64_t kHeavyBytes = 1024 * 1024;
+constexpr int64_t kHeavyPixels = 96;
 
 // Vectors of channels from which on the transforms of winograd.h cost no more than the products
 // they save.
@@ -41,6 +45,14 @@ bool takes_winograd(const FusedMbconv& a, const GemmFormat& f) {
   const bool exact = f.value_bytes == f.accumulate_bytes;  // kTransforms
   return exact && a.shape.kernel == 3 && a.shape.stride == 1 &&
          std::min(a.in_channels, a.shape.channels) >= kWinogradVectors * f.lanes;
+}
+
+// Of the packed expansion, likewise.
+int64_t expand_bytes(const FusedMbconv& a, const GemmFormat& f) {
+  const int64_t taps = int64_t{a.shape.kernel} * a.shape.kernel;
+  return takes_winograd(a, f)
+             ? f.kPositions * f.matrix_bytes(f.padded(a.shape.channels), a.in_channels)
+             : f.matrix_bytes(a.shape.channels, taps * f.depth(a.in_channels));
 }
 
 FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
@@ -58,7 +70,8 @@ FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
   const int64_t row_bytes = (s.stride * p.row() + s.out_w * p.expanded) * f.value_bytes;
   const int64_t rows = std::min({ceil_div(kBandPixels, s.out_w), kBandBytes / row_bytes,
                                  ceil_div(s.batch * s.out_h, kBands)});
-  p.bands = ceil_div(s.out_h, std::max<int64_t>(rows, 1));
+  const int64_t least = expand_bytes(a, f) > kHeavyBytes ? ceil_div(kHeavyPixels, s.out_w) : 1;
+  p.bands = ceil_div(s.out_h, std::max(rows, least));
   p.band_rows = static_cast<int>(ceil_div(s.out_h, p.bands));
   if (p.winograd) p.band_rows = static_cast<int>(ceil_div(p.band_rows, 2) * 2);
   p.bands = ceil_div(s.out_h, p.band_rows);
@@ -71,11 +84,7 @@ FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
 struct Layout {
   Layout() = default;
   Layout(const FusedMbconv& a, const GemmFormat& f, Pieces& pieces) {
-    const int64_t taps = int64_t{a.shape.kernel} * a.shape.kernel;
-    expand =
-        pieces.add(takes_winograd(a, f)
-                       ? f.kPositions * f.matrix_bytes(f.padded(a.shape.channels), a.in_channels)
-                       : f.matrix_bytes(a.shape.channels, taps * f.depth(a.in_channels)));
+    expand = pieces.add(expand_bytes(a, f));
     project = pieces.add(a.project_weight ? f.matrix_bytes(a.out_channels, a.shape.channels) : 0);
   }
 

@@ -29,6 +29,11 @@ struct Products {
   // long sum grows with its length.
   static constexpr int block = 64;
 
+  // A lane for each step of channels, of which there are `n` values.
+  static EFFNET_INLINE V load_steps(const T* weight, int n) {
+    return n >= S::lanes ? S::load(weight) : S::load_partial(weight, n);
+  }
+  static EFFNET_INLINE void store_steps(Value* panel, V x) { S::store(panel, x); }
   static EFFNET_INLINE V spread(const Value* row) { return S::set(*row); }
   static EFFNET_INLINE V load(const Value* panel) { return S::load_once(panel); }
   static EFFNET_INLINE void add(V& sum, V a, V b) {
@@ -54,6 +59,15 @@ struct Products<bfloat16> {
   // Next to the rounding of the results a float32 sum has no error to speak of.
   static constexpr int block = 4096;
 
+  static EFFNET_INLINE V load_steps(const bfloat16* weight, int n) {
+    if (n >= 2 * S::lanes) return S::load(reinterpret_cast<const float*>(weight));
+    float pairs[S::lanes] = {};
+    std::memcpy(pairs, weight, n * sizeof(*weight));
+    return S::load(pairs);
+  }
+  static EFFNET_INLINE void store_steps(Value* panel, V x) {
+    S::store(reinterpret_cast<float*>(panel), x);
+  }
   static EFFNET_INLINE V spread(const Value* row) { return S::set_pair(row); }
   static EFFNET_INLINE V load(const Value* panel) {
     return S::load_once(reinterpret_cast<const float*>(panel));
@@ -108,45 +122,63 @@ struct Matrix {
   EFFNET_INLINE int64_t offset(int64_t panel) const { return panel * depth * kPanel<Simd<T>>; }
 };
 
+// A square of a weight: of `rows` output channels, `stride` values apart, a vector's steps of input
+// channels, of which there are `n` values; x[step] has a lane for each output channel. Zeros
+// beyond.
+template <class T>
+EFFNET_INLINE void load_square(typename Simd<T>::V (&x)[Simd<T>::lanes], const T* weight,
+                               int64_t stride, int rows, int n) {
+  using P = Products<T>;
+  EFFNET_UNROLL
+  for (int i = 0; i < Simd<T>::lanes; ++i) {
+    x[i] = i < rows ? P::load_steps(weight + i * stride, n) : Simd<T>::set(0.f);
+  }
+  transpose<Simd<T>>(x);
+}
+
+// The BN of a vector of output channels from k on, to where the matrix has it.
+template <class T>
+EFFNET_INLINE void fold_channels(const Matrix<T>& m, const BatchNorm& bn, int64_t k, int rows) {
+  using F = typename Simd<T>::Scalar;
+  F *start = const_cast<F*>(m.start + k), *scale = const_cast<F*>(m.scale + k);
+  for (int i = 0; i < Simd<T>::lanes; ++i) {
+    start[i] = scale[i] = F(0);
+    if (i >= rows) continue;
+    const FoldedChannel<F> folded(bn, k + i);
+    start[i] = folded.shift;
+    scale[i] = folded.scale;
+  }
+}
+
 // Panels [begin, end) of weight (K, taps, C) with its BN to a Matrix in `memory`, whose depth is
 // that of C for each tap.
 template <class T>
 void pack_panels(void* memory, const T* weight, const BatchNorm& bn, int channels, int taps,
                  int in_channels, int64_t begin, int64_t end) {
   using P = Products<T>;
-  using F = typename Simd<T>::Scalar;
+  using S = Simd<T>;
   using Value = typename P::Value;
-  constexpr int L = Simd<T>::lanes;
+  constexpr int L = S::lanes;
   const int tap_depth = static_cast<int>(kGemmFormat<T>.depth(in_channels));
   const Matrix<T> m(memory, channels, taps * tap_depth);
-  F *start = const_cast<F*>(m.start), *scales = const_cast<F*>(m.scale);
   for (int64_t panel = begin; panel < end; ++panel) {
-    Value* to = const_cast<Value*>(m.values) + m.offset(panel);
-    const int64_t channel = panel * kPanel<Simd<T>>;
-    const int width = panel_vectors<Simd<T>>(panel, m.panels, channels) * L;
-    const auto at = [&](int c, int i) -> Value& {
-      return to[(int64_t{c} / P::step * width + i) * P::step + c % P::step];
-    };
-    for (int i = 0; i < width; ++i) {
-      const int64_t k = channel + i;
-      if (k >= channels) {
-        for (int c = 0; c < m.depth; ++c) at(c, i) = Value{};
-        start[k] = scales[k] = F(0);
-        continue;
-      }
-      const FoldedChannel<F> folded(bn, k);
-      scales[k] = folded.scale;
-      start[k] = folded.shift;
-      const T* from = weight + k * taps * in_channels;
-      for (int first = 0; first < m.depth; first += tap_depth, from += in_channels) {
-        for (int c = 0; c < in_channels; ++c) {
-          if constexpr (P::scales_matrix) {
-            at(first + c, i) = to_float(from[c]) * folded.scale;
-          } else {
-            at(first + c, i) = from[c];
+    const int width = panel_vectors<S>(panel, m.panels, channels) * L;
+    for (int v = 0; v < width; v += L) {
+      const int64_t k = panel * kPanel<S> + v;
+      const int rows = static_cast<int>(lesser(channels - k, int64_t{L}));
+      fold_channels(m, bn, k, rows);
+      const auto scale = S::load(m.scale + k);
+      Value* to = const_cast<Value*>(m.values) + m.offset(panel) + v * P::step;
+      for (int tap = 0; tap < taps; ++tap) {
+        const T* from = weight + (k * taps + tap) * in_channels;
+        for (int c = 0; c < tap_depth; c += L * P::step) {
+          typename S::V x[L];
+          load_square(x, from + c, int64_t{taps} * in_channels, rows, in_channels - c);
+          const int steps = lesser((tap_depth - c) / P::step, L);
+          for (int i = 0; i < steps; ++i, to += width * P::step) {
+            P::store_steps(to, P::scales_matrix ? x[i] * scale : x[i]);
           }
         }
-        for (int c = in_channels; c < tap_depth; ++c) at(first + c, i) = Value{};
       }
     }
   }

@@ -483,6 +483,36 @@ struct SimdOf<double> {
 template <class T>
 using Simd = typename SimdOf<T>::type;
 
+// In every 2 * Half lanes the last ones of a change places with the first ones of b.
+template <int Half, class V, int... Lane>
+EFFNET_INLINE void exchange(V& a, V& b, std::integer_sequence<int, Lane...>) {
+  constexpr int L = sizeof...(Lane);
+#if defined(__clang__)
+  const V low = __builtin_shufflevector(a, b, ((Lane & Half) ? L + Lane - Half : Lane)...);
+  const V high = __builtin_shufflevector(a, b, ((Lane & Half) ? L + Lane : Lane + Half)...);
+#else
+  using Places = decltype(a < b);
+  const V low = __builtin_shuffle(a, b, Places{((Lane & Half) ? L + Lane - Half : Lane)...});
+  const V high = __builtin_shuffle(a, b, Places{((Lane & Half) ? L + Lane : Lane + Half)...});
+#endif
+  a = low;
+  b = high;
+}
+
+// Lane j of x[i] and lane i of x[j] change places.
+template <class S, int Half = 1>
+EFFNET_INLINE void transpose(typename S::V (&x)[S::lanes]) {
+  if constexpr (Half < S::lanes) {
+    EFFNET_UNROLL
+    for (int i = 0; i < S::lanes; ++i) {
+      if ((i & Half) == 0) {
+        exchange<Half>(x[i], x[i + Half], std::make_integer_sequence<int, S::lanes>{});
+      }
+    }
+    transpose<S, 2 * Half>(x);
+  }
+}
+
 // sum + lost is the exact total but for second-order errors, whatever the size of the summands
 // (Knuth's TwoSum).
 template <class S>

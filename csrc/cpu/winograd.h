@@ -39,39 +39,62 @@ EFFNET_INLINE Matrix<T> winograd_matrix(void* memory, int channels, int in_chann
           padded, in_channels};
 }
 
+// G of three values.
+template <class S>
+EFFNET_INLINE void transform_taps(typename S::V (&to)[kWindow], typename S::V g0, typename S::V g1,
+                                  typename S::V g2) {
+  const auto half = S::set(.5f), outer = half * (g0 + g2), middle = half * g1;
+  to[0] = g0;
+  to[1] = outer + middle;
+  to[2] = outer - middle;
+  to[3] = g2;
+}
+
 // Panels [begin, end) of G g G^T for weight (K, 3, 3, C) with its BN.
 template <class T>
 void pack_winograd(void* memory, const T* weight, const BatchNorm& bn, int channels,
                    int in_channels, int64_t begin, int64_t end) {
-  using F = typename Simd<T>::Scalar;
-  constexpr int L = Simd<T>::lanes, Taps = 3;
-  constexpr double G[kWindow][Taps] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-  for (int position = 0; position < kPositions; ++position) {
-    const double *down = G[position / kWindow], *across = G[position % kWindow];
-    const Matrix<T> m = winograd_matrix<T>(memory, channels, in_channels, position);
-    F* start = const_cast<F*>(m.start);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      F* to = const_cast<F*>(m.values) + m.offset(panel);
-      const int width = panel_vectors<Simd<T>>(panel, m.panels, m.channels) * L;
-      for (int i = 0; i < width; ++i) {
-        const int64_t k = panel * kPanel<Simd<T>> + i;
-        start[k] = F(0);
-        if (k >= channels) {
-          for (int c = 0; c < in_channels; ++c) to[c * width + i] = F(0);
-          continue;
+  using S = Simd<T>;
+  using V = typename S::V;
+  using F = typename S::Scalar;
+  constexpr int L = S::lanes, Taps = 3;
+  const Matrix<T> shifted = winograd_matrix<T>(memory, channels, in_channels, kShifted);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int width = panel_vectors<S>(panel, shifted.panels, shifted.channels) * L;
+    for (int v = 0; v < width; v += L) {
+      const int64_t k = panel * kPanel<S> + v;
+      const int rows = static_cast<int>(lesser(channels - k, int64_t{L}));
+      fold_channels(shifted, bn, k, rows);
+      const V scale = S::load(shifted.scale + k);
+      F* to[kPositions];
+      for (int position = 0; position < kPositions; ++position) {
+        const Matrix<T> m = winograd_matrix<T>(memory, channels, in_channels, position);
+        to[position] = const_cast<F*>(m.values) + m.offset(panel) + v;
+        if (position != kShifted) S::store(const_cast<F*>(m.start) + k, S::set(0.f));
+      }
+      for (int c = 0; c < in_channels; c += L) {
+        const T* from = weight + k * Taps * Taps * in_channels + c;
+        V g[Taps * Taps][L];
+        for (int tap = 0; tap < Taps * Taps; ++tap, from += in_channels) {
+          load_square(g[tap], from, int64_t{Taps} * Taps * in_channels, rows, in_channels - c);
         }
-        const FoldedChannel<F> folded(bn, k);
-        if (position == kShifted) start[k] = folded.shift;
-        const T* from = weight + k * Taps * Taps * in_channels;
-        for (int c = 0; c < in_channels; ++c) {
-          double sum = 0;
-          for (int row = 0; row < Taps; ++row) {
-            for (int column = 0; column < Taps; ++column) {
-              sum += down[row] * across[column] *
-                     to_float(from[(row * Taps + column) * in_channels + c]);
+        const int values = lesser(in_channels - c, L);
+        for (int i = 0; i < values; ++i) {
+          V down[Taps][kWindow];
+          EFFNET_UNROLL
+          for (int x = 0; x < Taps; ++x) {
+            transform_taps<S>(down[x], g[x][i] * scale, g[Taps + x][i] * scale,
+                              g[2 * Taps + x][i] * scale);
+          }
+          EFFNET_UNROLL
+          for (int y = 0; y < kWindow; ++y) {
+            V across[kWindow];
+            transform_taps<S>(across, down[0][y], down[1][y], down[2][y]);
+            EFFNET_UNROLL
+            for (int x = 0; x < kWindow; ++x) {
+              S::store(to[y * kWindow + x] + int64_t{c + i} * width, across[x]);
             }
           }
-          to[c * width + i] = static_cast<F>(sum * folded.scale);
         }
       }
     }
