@@ -102,16 +102,19 @@ def _networks(report: Report, path: Path) -> Iterator[str]:
 def progressive_table(report: Report) -> str:
     """What ``progressive.py`` measured, as Markdown."""
     lines = [
-        "| training | resolutions | runs | seconds, median | accuracy, mean (least) |",
+        "| training | resolutions | runs | seconds, median | accuracy, mean with its error |",
         "|---|---|--:|--:|--:|",
     ]
     for name, runs in report["runs"].items():
         seconds = statistics.median(run[0] for run in runs)
         accuracies = [run[1] for run in runs]
         sizes = ", ".join(map(str, report["resolutions"][name]))
+        error = "-"
+        if len(runs) > 1:
+            error = f"{100 * statistics.stdev(accuracies) / len(runs) ** 0.5:.2f}"
         lines.append(
             f"| {name} | {sizes} | {len(runs)} | {seconds:.1f} | "
-            f"{statistics.mean(accuracies):.2%} ({min(accuracies):.2%}) |"
+            f"{100 * statistics.mean(accuracies):.2f} +- {error} % |"
         )
     return "\n".join(lines)
 
