@@ -1,19 +1,18 @@
-"""Searches small stage tables on scikit-learn's digits, by evolution and by random walks.
+"""Searches small stage tables on scikit-learn's digits, by evolution and without selection.
 
     python benchmarks/evolution.py   # writes results/<device>/search/evolution.json and .png
 
 Both begin with a small EfficientNet-B0, train as many tables and are judged by the same reward,
-accuracy * (multiply-adds / the first table's) ** -0.07. A random walk is evolution whose population
-never dies and is never chosen from: every table is a mutant of the first.
+accuracy * (multiply-adds / the first table's) ** -0.07. Without selection every table is a mutant of
+the first one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import effnet
 from effnet.augment import Strength
@@ -21,13 +20,26 @@ from effnet.data import digits
 from effnet.evolution import Individual, Proxy, evolve
 from effnet.plots import plot_evolution
 from effnet.training import Phase, Recipe
-from family import evolution_table
+from effnet.variants import Stage
+from family import evolution_table, save
 
 from effnet_kernels.bench import environment
 
 TABLE = effnet.VARIANTS["efficientnet_b0"]._replace(
     width=0.25, depth=0.3, resolution=16, stem_stride=1
 )
+
+
+def described(stages: Sequence[Stage]) -> str:
+    """A table as one line."""
+    words = []
+    for stage in stages:
+        block = "fused" if stage.fused else "mbconv" if stage.squeeze else "mbconv without se"
+        words.append(
+            f"{stage.layers} x {block} {stage.channels} expand {stage.expand} kernel "
+            f"{stage.kernel_size} stride {stage.stride}"
+        )
+    return "; ".join(words)
 
 
 def main() -> int:
@@ -44,7 +56,7 @@ def main() -> int:
     )
     judge = Proxy(TABLE, digits(), recipe, device)
     histories: dict[str, list[Individual]] = {}
-    for name, population in (("evolution", 10), ("random walks", arguments.rounds)):
+    for name, population in (("evolution", 10), ("no selection", arguments.rounds)):
 
         def progress(found: Individual, name: str = name) -> None:
             print(f"{name}: {found.accuracy:.2%}, {found.cost / 1e6:.3g} M, {found.reward:.4f}")
@@ -53,18 +65,17 @@ def main() -> int:
             effnet.scaled(TABLE).stages, judge, rounds=arguments.rounds, population=population,
             seed=arguments.seed, progress=progress,
         )  # fmt: skip
-    slug = environment.device_slug(device)
-    out = arguments.out or Path(__file__).parent / f"results/{slug}/search/evolution.json"
-    report: dict[str, Any] = {
-        "environment": environment.describe(device),
+    found = {
         "epochs": arguments.epochs,
         "histories": {
-            name: [individual._asdict() for individual in history]
+            name: [
+                {**individual._asdict(), "stages": described(individual.stages)}
+                for individual in history
+            ]
             for name, history in histories.items()
         },
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report) + "\n")
+    report, out = save(found, "search/evolution", arguments.out)
     plot_evolution(histories, out.with_suffix(".png"), "multiply-adds")
     print(evolution_table(report))
     print(f"wrote {out} and {out.with_suffix('.png').name}")

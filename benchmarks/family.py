@@ -12,10 +12,32 @@ from typing import Any
 import effnet
 import torch
 
+from effnet_kernels.bench import environment
+
 README = "python/effnet/README.md"
 _MARKS = re.compile(r"(<!-- drawn: (\w+) -->\n).*?(<!-- /drawn -->)", re.DOTALL)
 Report = dict[str, Any]
 """A JSON file of results."""
+
+
+def save(found: Report, place: str, out: Path | None) -> tuple[Report, Path]:
+    """Writes what was measured, with where that was.
+
+    Args:
+        found: the measurements.
+        place: ``PARTS``' pattern of them.
+        out: the file, results/<device>/<place>.json unless given.
+
+    Returns:
+        What is in the file, and the file.
+    """
+    device = environment.default_device()
+    results = Path(__file__).parent / "results"
+    out = out or results / environment.device_slug(device) / f"{place}.json"
+    report = {"environment": environment.describe(device), **found}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    return report, out
 
 
 def draw(text: str, directory: Path) -> str:
@@ -59,10 +81,10 @@ def _of_devices(pattern: str, how: Callable[[Report, Path], Iterator[str]]) -> C
 
 
 def _where(report: Report) -> str:
-    environment = report["environment"]
+    where = report["environment"]
     return (
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"{environment['date'][:10]}"
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['date'][:10]}"
     )
 
 

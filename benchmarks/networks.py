@@ -10,7 +10,6 @@ CPU or ``convert`` on a GPU. The accuracies are the papers': nothing is trained 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import torchvision_ops  # noqa: F401  timm's import needs it beside a CPU build of torch
 from effnet.complexity import complexity
-from family import networks_table
+from family import networks_table, save
 
 import effnet_kernels
 from effnet_kernels.bench import environment, models, timing
@@ -133,12 +132,8 @@ def main() -> int:
     if not wanted:
         parser.error(f"--networks: none of {', '.join(n.name for n in NETWORKS)}")
     device = environment.default_device()
-    slug = environment.device_slug(device)
-    out = arguments.out or Path(__file__).parent / f"results/{slug}/networks/networks.json"
     rows = measure(wanted, arguments.batch, device, arguments.seconds)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment.describe(device), "batch": arguments.batch, "rows": rows}
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report, out = save({"batch": arguments.batch, "rows": rows}, "networks/networks", arguments.out)
     plot(report, out.with_suffix(".png"))
     print(networks_table(report))
     print(f"wrote {out}")

@@ -9,18 +9,16 @@ learning begins with smaller images and weaker regularisation. They take turns, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import effnet
 import torch
 from effnet.augment import Strength
 from effnet.data import digits
 from effnet.training import Phase, Recipe, Trainer, progressive
-from family import progressive_table, speedup
+from family import progressive_table, save, speedup
 
 from effnet_kernels.bench import environment
 
@@ -63,16 +61,12 @@ def main() -> int:
         for name in list(ways)[:: 1 if seed % 2 else -1]:
             runs[name].append(train(ways[name], arguments.epochs, seed, device))
             print(f"seed {seed} {name}: {runs[name][-1][0]:.1f} s, {runs[name][-1][1]:.2%}")
-    report: dict[str, Any] = {
-        "environment": environment.describe(device),
+    found = {
         "epochs": arguments.epochs,
         "resolutions": {name: [phase.resolution for phase in way] for name, way in ways.items()},
         "runs": runs,
     }
-    slug = environment.device_slug(device)
-    out = arguments.out or Path(__file__).parent / f"results/{slug}/training/progressive.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report, out = save(found, "training/progressive", arguments.out)
     print(progressive_table(report))
     print(f"progressive learning is {speedup(report):.2f}x as fast; wrote {out}")
     return 0

@@ -7,16 +7,14 @@ kernels and with PyTorch's own ops: what V2's choice between them rests on.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import effnet
 import torch
 from effnet import search
 from effnet.plots import plot_stages
-from family import stages_table
+from family import save, stages_table
 
 from effnet_kernels import use_backend
 from effnet_kernels.bench import environment
@@ -46,10 +44,7 @@ def main() -> int:
                 table, batch=arguments.batch, device=device,
                 dtype=getattr(torch, arguments.dtype), seconds=arguments.seconds,
             )  # fmt: skip
-    slug = environment.device_slug(device)
-    out = arguments.out or Path(__file__).parent / f"results/{slug}/search/stages.json"
-    report: dict[str, Any] = {
-        "environment": environment.describe(device),
+    found = {
         "model": arguments.model,
         "resolution": table.resolution,
         "batch": arguments.batch,
@@ -67,8 +62,7 @@ def main() -> int:
             for name, stages in measured.items()
         },
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    report, out = save(found, "search/stages", arguments.out)
     plot_stages(measured, out.with_suffix(".png"))
     print(stages_table(report))
     print(f"wrote {out} and {out.with_suffix('.png').name}")

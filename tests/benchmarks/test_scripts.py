@@ -206,7 +206,7 @@ def test_evolution(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     histories = json.loads(out.read_text())["histories"]
     assert [len(history) for history in histories.values()] == [2, 2]
-    assert histories["evolution"][0] == histories["random walks"][0]
+    assert histories["evolution"][0] == histories["no selection"][0]
     assert out.with_suffix(".png").exists()
     assert "| evolution | 2 |" in result.stdout
 

@@ -77,7 +77,7 @@ def wanted(stages: tuple[effnet.Stage, ...]) -> Judgement:
 
 
 def test_evolution_beats_chance() -> None:
-    """After as many tables: it finds better ones than random walks do."""
+    """After as many tables: it finds better ones than mutants of the first are."""
     found = {}
     for way, population in (("evolution", 10), ("chance", 10**6)):
         bests = []
