@@ -3,8 +3,8 @@
     python benchmarks/evolution.py   # writes results/<device>/search/evolution.json and .png
 
 Both begin with a small EfficientNet-B0, train as many tables and are judged by the same reward,
-accuracy * (multiply-adds / the first table's) ** -0.07. Without selection every table is a mutant of
-the first one.
+accuracy * (multiply-adds / the first table's) ** -0.07. Without selection every table is a mutant
+of the first one.
 """
 
 from __future__ import annotations
