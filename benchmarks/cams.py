@@ -114,13 +114,11 @@ def main() -> int:
         torch.manual_seed(0)
         model = baseline.build(pictures.classes)
         assert isinstance(model, effnet.EfficientNet)
-        recipe = Recipe(
-            (Phase(baseline.resolution, 0.1, Strength(0.3)),), epochs=arguments.epochs, lr=5e-3,
-            ema=0.98,
-        )  # fmt: skip
+        phase = Phase(baseline.resolution, 0.1, Strength(0.3))
+        recipe = Recipe((phase,), epochs=arguments.epochs, lr=5e-3)
         trainer = Trainer(model.to(device), pictures, recipe)
         trainer.fit()
-        accuracy = trainer.evaluate(averaged=False)
+        accuracy = trainer.evaluate()
         cost = multiply_adds(baseline) / 1e6
         print(f"{name}: {cost:.1f} M multiply-adds, {accuracy:.2%}", flush=True)
         images = normalise(resize(shown, baseline.resolution)).to(device)

@@ -17,6 +17,7 @@ from pathlib import Path
 import effnet
 from effnet.augment import Strength
 from effnet.data import digits
+from effnet.description import Description
 from effnet.evolution import Individual, Proxy, evolve
 from effnet.plots import plot_evolution
 from effnet.training import Phase, Recipe
@@ -54,7 +55,9 @@ def main() -> int:
     recipe = Recipe(
         (Phase(TABLE.resolution, 0.1, Strength(0.3)),), epochs=arguments.epochs, lr=5e-3
     )
-    judge = Proxy(TABLE, digits(), recipe, device)
+    data = digits()
+    network = Description(TABLE, 10, 1, mean=data.mean, std=data.std)
+    judge = Proxy(network, data, recipe, device)
     histories: dict[str, list[Individual]] = {}
     for name, population in (("evolution", 10), ("no selection", arguments.rounds)):
 

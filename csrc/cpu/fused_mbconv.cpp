@@ -32,9 +32,10 @@ constexpr int64_t kBandPixels = 512;
 // Bands, if there are rows enough: several for each thread of a large machine.
 constexpr int64_t kBands = 64;
 // Weights beyond a core's L2 come from memory, once a band; so many pixels at least then share
-// them.
-constexpr int64_t kHeavyBytes = 1024 * 1024;
+// them, as long as there are bands for as many threads.
+constexpr int64_t kHeavyBytes = 2 * 1024 * 1024;
 constexpr int64_t kHeavyPixels = 96;
+constexpr int64_t kHeavyBands = 8;
 
 // Vectors of channels from which on the transforms of winograd.h cost no more than the products
 // they save.
@@ -70,8 +71,11 @@ FusedMbconvPlan make_plan(const FusedMbconv& a, const FusedMbconvKernels& k) {
   const int64_t row_bytes = (s.stride * p.row() + s.out_w * p.expanded) * f.value_bytes;
   const int64_t rows = std::min({ceil_div(kBandPixels, s.out_w), kBandBytes / row_bytes,
                                  ceil_div(s.batch * s.out_h, kBands)});
-  const int64_t least = expand_bytes(a, f) > kHeavyBytes ? ceil_div(kHeavyPixels, s.out_w) : 1;
-  p.bands = ceil_div(s.out_h, std::max(rows, least));
+  int64_t least = 1;
+  if (expand_bytes(a, f) > kHeavyBytes) {
+    least = std::min(ceil_div(kHeavyPixels, s.out_w), ceil_div(s.batch * s.out_h, kHeavyBands));
+  }
+  p.bands = ceil_div(s.out_h, std::max({rows, least, int64_t{1}}));
   p.band_rows = static_cast<int>(ceil_div(s.out_h, p.bands));
   if (p.winograd) p.band_rows = static_cast<int>(ceil_div(p.band_rows, 2) * 2);
   p.bands = ceil_div(s.out_h, p.band_rows);

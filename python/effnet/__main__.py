@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone, as in `| head`; nothing is left to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"effnet: {error}", file=sys.stderr)
+        return 2
     return status
 
 

@@ -54,6 +54,8 @@ class RandAugmented(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, float, int]) -> tuple[Tensor, int]:
         index, magnitude, seed = key
         image, label = self._source[index]
+        if round(magnitude) < 1:  # its ops without a magnitude would change the image still
+            return image, label
         transform: Any = self._transform(2, round(magnitude), num_magnitude_bins=31)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from effnet.efficientnet import EfficientNet, create_model
 from effnet.files import replace
 from effnet.images import MEAN, STD
@@ -82,12 +84,29 @@ def read_description(path: str | Path) -> Description:
         lists = ("mean", "std", "class_names")
         tuples = {name: document[name] and tuple(document[name]) for name in lists}
         table = Variant(**{**document["variant"], "stages": stages})
-        return Description(**{**document, **tuples, "variant": table})
-    except (ValueError, TypeError, KeyError) as error:
+        description = Description(**{**document, **tuples, "variant": table})
+        _check(description)
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise ValueError(
-            f"model: {str(path)!r} describes no network; expected what effnet train or effnet "
+            f"model: {str(path)!r} describes no network; expected what effnet train, search or "
             "evolve wrote"
         ) from error
+    return description
+
+
+def _check(description: Description) -> None:
+    """That the parts fit each other and a network can be built of them."""
+    channels = description.in_chans
+    sizes = (len(description.mean), len(description.std))
+    if channels not in (1, 3) or sizes != (channels, channels) or not description.variant.stages:
+        raise ValueError("channels, their statistics or stages")
+    names = description.class_names
+    if names is not None and len(names) != description.num_classes:
+        raise ValueError("class names")
+    if description.variant.resolution + 0 < 1:
+        raise ValueError("resolution")
+    with torch.device("meta"):
+        description.build()
 
 
 def describe(model: str) -> Description:

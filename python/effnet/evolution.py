@@ -4,7 +4,7 @@
 What it climbs is the papers' own objective, ``reward``: EfficientNet's by FLOPs, MnasNet's
 (arXiv:1807.11626) by latency. A table that is found small, on small images, is then scaled up.
 
-    history = evolve(table.stages, Proxy(table, digits(), recipe), rounds=50)
+    history = evolve(table.stages, Proxy(Description(table, 10), data, recipe, device), rounds=50)
     best = max(history, key=lambda individual: individual.reward)
 """
 
@@ -18,10 +18,11 @@ import torch
 
 from effnet.complexity import complexity
 from effnet.data import Data
-from effnet.efficientnet import create_model, scale_channels, scaled
+from effnet.description import Description
+from effnet.efficientnet import scale_channels, scaled
 from effnet.search import as_fused, as_mbconv
 from effnet.training import Recipe, Trainer
-from effnet.variants import Stage, Variant
+from effnet.variants import Stage
 from effnet_kernels.bench.timing import Contender
 from effnet_kernels.bench.timing import measure as measure_times
 
@@ -152,6 +153,8 @@ def evolve(
     for name, number in (("rounds", rounds), ("population", population), ("sample", sample)):
         if number < 1:
             raise ValueError(f"{name}: got {number}, expected 1 or more")
+    if target is not None and target <= 0:
+        raise ValueError(f"target: got {target}, expected a positive number")
     space = space or Space()
     history = list(history)
     known = {individual.stages for individual in history}
@@ -182,7 +185,8 @@ class Proxy:
     """A proxy task: a table's network is trained as a recipe says, on few and small images.
 
     Args:
-        base: what is around the table: stem, head, resolution; its own stages are not used.
+        base: what is around the table: stem, head, resolution, how images are normalised; its own
+            stages are not used.
         data: to train and test on.
         recipe: how; every network begins from its seed.
         device: where.
@@ -190,17 +194,18 @@ class Proxy:
     """
 
     def __init__(
-        self, base: Variant, data: Data, recipe: Recipe, device: torch.device, *,
+        self, base: Description, data: Data, recipe: Recipe, device: torch.device, *,
         latency: bool = False,
     ) -> None:  # fmt: skip
-        self.base, self.data, self.recipe = scaled(base), data, recipe
+        self.base, self.recipe = base._replace(variant=scaled(base.variant)), recipe
+        self.data = data._replace(mean=base.mean, std=base.std)
         self.device, self.latency = device, latency
 
     def __call__(self, stages: tuple[Stage, ...]) -> Judgement:
         """Of one table."""
         torch.manual_seed(self.recipe.seed)
-        table = self.base._replace(stages=stages)
-        model = create_model(table, self.data.classes, self.data.in_chans).to(self.device)
+        table = self.base.variant._replace(stages=stages)
+        model = self.base._replace(variant=table).build().to(self.device)
         trainer = Trainer(model, self.data, self.recipe)
         trainer.fit()
         accuracy = trainer.evaluate()

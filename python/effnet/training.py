@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from effnet.augment import RandAugmented, Strength, distort, mix, resize
 from effnet.data import Data
@@ -139,9 +139,27 @@ class Recipe:
             raise ValueError(f"amp: got {self.amp!r}, expected bfloat16, float16 or None")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: got {self.layer_decay}, expected above 0 and at most 1")
+        for name in ("warmup", "label_smoothing", "ema"):
+            _check_range(name, getattr(self, name), 1.0, strict=name == "ema")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, expected 0 or more")
+        for phase in self.phases:
+            if phase.resolution < 1:
+                raise ValueError(f"resolution: got {phase.resolution}, expected 1 or more")
+            _check_range("drop_rate", phase.drop_rate, 1.0, strict=True)
+            _check_range("magnitude", phase.strength.magnitude, 1.0)
+            _check_range("randaugment", phase.strength.randaugment, 30.0)
+            for name in ("mixup", "cutmix"):
+                _check_range(name, getattr(phase.strength, name), math.inf)
         for name in ("epochs", "batch", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number")
+
+
+def _check_range(name: str, value: float, most: float, *, strict: bool = False) -> None:
+    if not (0 <= value < most or (value == most and not strict)):
+        bound = "less than" if strict else "to"
+        raise ValueError(f"{name}: got {value}, expected 0 {bound} {most:g}")
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -264,10 +282,10 @@ class Trainer:
                 if self._tests():
                     taken = taken._replace(accuracy=self.evaluate())
                 self.log.append(taken)
-                if self.step % self.save_every == 0 or self.step % self.steps_per_epoch == 0:
-                    self.save()
                 if progress is not None:
                     progress(taken)
+                if self.step % self.save_every == 0 or self.step % self.steps_per_epoch == 0:
+                    self.save()
                 if self.step >= end:
                     break
 
@@ -297,8 +315,8 @@ class Trainer:
         return [(index, magnitude, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     def _tests(self) -> bool:
-        """Whether the step before is followed by a test, here."""
-        if self.test_every == 0 or self.step % self.steps_per_epoch or self.rank != 0:
+        """Whether the step before is followed by a test."""
+        if self.test_every == 0 or self.step % self.steps_per_epoch:
             return False
         epoch = self.step // self.steps_per_epoch
         return epoch % self.test_every == 0 or epoch == self.recipe.epochs
@@ -339,6 +357,9 @@ class Trainer:
     def evaluate(self, resolution: int | None = None, *, averaged: bool = True) -> float:
         """The accuracy on the test images, in [0, 1].
 
+        In a process group all processes call it; each tests its share, with the first one's
+        statistics.
+
         Args:
             resolution: of the images; the last phase's unless given.
             averaged: of the averaged weights, where there are such.
@@ -348,13 +369,21 @@ class Trainer:
             model = self.averaged
         model.eval()
         size = resolution or self.recipe.phases[-1].resolution
-        right = count = 0
-        for images, classes in DataLoader(self.data.test, self.recipe.batch):
+        images_in_all = len(self.data.test)  # type: ignore[arg-type]
+        share = Subset(self.data.test, range(self.rank, images_in_all, self.world))
+        if self.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        for images, classes in DataLoader(
+            share, self.recipe.batch, num_workers=self.workers
+        ):  # fmt: skip
             images = resize(images.to(self.device), size)
             logits = model(normalise(images, self.data.mean, self.data.std))
-            right += int((logits.argmax(1).cpu() == classes).sum())
-            count += len(classes)
-        return right / max(count, 1)
+            right += (logits.argmax(1) == classes.to(self.device)).sum()
+        if self.world > 1:
+            torch.distributed.all_reduce(right)
+        return int(right) / max(images_in_all, 1)
 
     def save(self) -> None:
         """Writes a checkpoint and the log, so that at every moment there is a whole one."""
@@ -367,11 +396,22 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "recipe": repr(self.recipe),
+            "of": self._identity(),
             "log": [tuple(row) for row in self.log],
         }
         replace(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
         replace(self.folder / "log.csv", self._write_log)
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for the steps to be the same."""
+        data = self.data
+        sizes = [len(part) for part in (data.train, data.test)]  # type: ignore[arg-type]
+        return {
+            "recipe": repr(self.recipe),
+            "model": repr(self.model),  # with strides, padding, drop path
+            "set of images": repr((*sizes, *data[2:])),
+            "number of processes": str(self.world),
+        }
 
     def _write_log(self, path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -392,15 +432,13 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # torch.load raises half a dozen kinds for what is no checkpoint
             raise ValueError(f"checkpoint: {str(path)!r} cannot be read") from error
-        if state["recipe"] != repr(self.recipe):
-            raise ValueError(
-                f"checkpoint: {str(path)!r} is of another recipe; train into another folder, or "
-                "with the settings that it was begun with"
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"checkpoint: {str(path)!r} is of another model") from error
+        for name, value in self._identity().items():
+            if state.get("of", {}).get(name) != value:
+                raise ValueError(
+                    f"checkpoint: {str(path)!r} is of another {name}; train into another folder, "
+                    "or with the settings that it was begun with"
+                )
+        self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def test_errors_are_one_line(
     text = tmp_path / "notes.txt"
     text.write_text("no image, no weights")
     common = ("--model", MODEL, "--weights", weights, "--resolution", 64)
+    digits_on = ("--data", "digits", "--width", 0.25, "--resolution", 8, "--out")
     cases = [
         (("predict", tmp_path / "gone.png", *common), "image: there is no file"),
         (("predict", text, *common), "expected a PNG, JPEG or the like"),
@@ -237,14 +239,31 @@ def test_errors_are_one_line(
         ),
         (("cam", photograph, *common, "--out", tmp_path / "o.what"), "such as out.png"),
         (("export", *common, "--out", tmp_path / "o.pb"), "ending in .onnx or .pt2"),
+        (("export", *common, "--out", tmp_path / "gone" / "o.onnx"), "out: there is no folder"),
         (("models", "resnet50"), "there is no model 'resnet50'"),
+        (("train", *digits_on, text), "notes.txt"),
+        (("train", *digits_on, tmp_path / "a", "--randaugment", 31), "randaugment: got 31.0"),
+        (("train", *digits_on, tmp_path / "a", "--label-smoothing", 2), "label_smoothing: got 2.0"),
+        (("train", *digits_on, tmp_path / "a", "--magnitude", 9), "magnitude: got 9.0"),
+        (("train", *digits_on, tmp_path / "a", "--weight-decay", -1), "weight_decay: got -1.0"),
+        (("train", *digits_on, tmp_path / "a", "--drop-rate", 2), "drop_rate: got 2.0"),
+        (("train", *digits_on, tmp_path / "a", "--ema", 1), "ema: got 1.0, expected 0 less than 1"),
+        (("evolve", *digits_on, text), "notes.txt"),
     ]
     for words, message in cases:
         status, _, err = run(capsys, *words)
         assert status == 2, words
-        assert err.startswith("effnet: ")
+        assert err.startswith("effnet: "), words
         assert err.count("\n") == 1, err
         assert message in err, err
+
+
+@pytest.mark.parametrize("option", ["--width=0", "--width=inf", "--depth=-1", "--batch=0"])
+def test_numbers_out_of_range(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse names the option."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--data", "digits", "--out", "runs", option])
+    assert option.split("=")[0] in capsys.readouterr().err
 
 
 def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +289,14 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, *words)
     assert (status, err.count("\n")) == (2, 1)
     assert "--resume goes on with it" in err
+    for other, message in (
+        (("--stem-stride", 2), "is of another model"),
+        (("--drop-path-rate", 0.5), "is of another model"),
+        (("--epochs", 2), "is of another recipe"),
+    ):
+        status, _, err = run(capsys, *words, *other, "--resume")
+        assert (status, err.count("\n")) == (2, 1)
+        assert message in err
     status, text, _ = run(capsys, *words, "--resume")
     assert status == 0
     assert "test accuracy" in text
@@ -332,6 +359,10 @@ def test_trained_model_is_used(
     status, text, _ = run(capsys, "export", *common, "--out", tmp_path / "digits.onnx")
     assert status == 0
     assert "images of 1 x 16 x 16" in text
+    status, text, _ = run(capsys, "models", digits_run / "model.json", "--measure")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"{parameters / 1e6:.1f} M" in text.splitlines()[1]
+    assert text.splitlines()[1].split()[5] == "16"
     # By the name alone it is another network.
     status, _, err = run(capsys, "predict", tmp_path / "digit.png", "--model", MODEL, *common[2:])
     assert (status, err.count("\n")) == (2, 1)
@@ -362,14 +393,27 @@ def test_events(digits_run: Path) -> None:
         ("{", "describes no network"),
         ('{"variant": {"stages": [{"expand": 1}]}}', "describes no network"),
         ("[]", "describes no network"),
+        ({"num_classes": 9}, "describes no network"),
+        ({"in_chans": 4}, "describes no network"),
+        ({"mean": [0.5]}, "describes no network"),
+        ({"variant": {"resolution": "16"}}, "describes no network"),
+        ({"variant": {"width": "1"}}, "describes no network"),
+        ({"variant": {"stages": []}}, "describes no network"),
     ],
 )
 def test_bad_descriptions_are_an_error(
-    text: str | None, message: str, weights: Path, photograph: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    text: str | dict[str, Any] | None, message: str, weights: Path, photograph: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """One line."""
     path = tmp_path / "model.json"
+    if isinstance(text, dict):
+        table = effnet.VARIANTS[MODEL]
+        write_description(path, Description(table, 10, class_names=tuple("0123456789")))
+        document = json.loads(path.read_text())
+        text = json.dumps(
+            {**document, **text, "variant": {**document["variant"], **text.get("variant", {})}}
+        )
     if text is not None:
         path.write_text(text)
     status, _, err = run(capsys, "predict", photograph, "--model", path, "--weights", weights)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from effnet.__main__ import main
 from effnet.data import digits
-from effnet.description import describe
+from effnet.description import Description, describe
 from effnet.efficientnet import create_model
 from effnet.evolution import Individual, Judgement, Proxy, Space, evolve, mutate, reward
 from effnet.training import Phase, Recipe
@@ -22,6 +22,7 @@ BASE = effnet.VARIANTS["efficientnetv2_b0"]._replace(
     width=0.25, depth=0.3, resolution=16, stem_stride=1
 )
 FIRST = effnet.scaled(BASE).stages
+NETWORK = Description(BASE, 10, 1, mean=(0.5,), std=(0.5,))
 
 
 def test_reward() -> None:
@@ -125,14 +126,14 @@ def test_cost_counts() -> None:
 def test_proxy() -> None:
     """Trains the table it is given, always from the same weights."""
     recipe = Recipe((Phase(16),), epochs=1, batch=32)
-    proxy = Proxy(BASE, few_digits(), recipe, torch.device("cpu"))
+    proxy = Proxy(NETWORK, few_digits(), recipe, torch.device("cpu"))
     first = proxy(FIRST)
     assert proxy(FIRST) == first
     wide = tuple(stage._replace(channels=stage.channels + 8) for stage in FIRST)
     assert proxy(wide).cost > first.cost
     model = create_model(BASE, 10, 1)
     assert first.cost == effnet.complexity(model, 16, 1).multiply_adds
-    timed = Proxy(BASE, few_digits(), recipe, torch.device("cpu"), latency=True)(FIRST)
+    timed = Proxy(NETWORK, few_digits(), recipe, torch.device("cpu"), latency=True)(FIRST)
     assert timed.accuracy == first.accuracy
     assert 0 < timed.cost < 1
 
@@ -141,6 +142,8 @@ def test_errors() -> None:
     """One line."""
     with pytest.raises(ValueError, match="sample: got 0, expected 1 or more"):
         evolve(FIRST, wanted, sample=0)
+    with pytest.raises(ValueError, match="target: got -1"):
+        evolve(FIRST, wanted, target=-1)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,9 +159,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "evolve.png").stat().st_size > 1000
     whole = (out / "history.jsonl").read_text()
     assert whole.count("\n") == 4
+    best = (out / "best.json").read_text()
+    # Killed after the last but one table's line, within the last one's.
     (out / "history.jsonl").write_text(whole[:-30])
+    (out / "best.json").unlink()
     assert main([*words, "--rounds", "3", "--resume"]) == 0
     assert (out / "history.jsonl").read_text() == whole
+    assert (out / "best.json").read_text() == best
     assert "3/3" in capsys.readouterr().out
     described = describe(str(out / "best.json"))
     assert (described.num_classes, described.in_chans, described.mean) == (10, 1, (0.5,))
@@ -167,6 +174,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--resume goes on with it" in capsys.readouterr().err
     assert main([*words, "--rounds", "4", "--epochs", "2", "--resume"]) == 2
     assert "is of another search" in capsys.readouterr().err
+    assert main([*words, "--rounds", "4", "--root", "elsewhere", "--resume"]) == 2
+    assert "is of another search" in capsys.readouterr().err
+    lines = whole.splitlines()
+    (out / "history.jsonl").write_text("\n".join([lines[0], "{}", *lines[2:]]))
+    assert main([*words, "--rounds", "4", "--resume"]) == 2
+    assert "line 2 of" in capsys.readouterr().err
     assert main([*words[:-1], str(tmp_path / "other"), "--resume"]) == 2
     assert "no history in" in capsys.readouterr().err
     run = tmp_path / "run"

@@ -103,7 +103,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = tmp_path / "mine.json"
     assert main([*words, "--most-parameters", "7", "--out", str(chosen)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    stages = describe(str(chosen)).variant.stages
+    table = describe(str(chosen)).variant
+    assert (table.resolution, table.train_resolution) == (32, None)
+    stages = table.stages
     assert [stage.fused for stage in stages] == [
         line.split()[-1] == "fused" for line in printed[1:7]
     ]

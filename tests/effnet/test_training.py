@@ -127,7 +127,8 @@ def test_randaugment(tmp_path: Path) -> None:
     assert torch.equal(image, source[1, 9.0, 7][0])
     assert torch.equal(state, torch.random.get_rng_state())
     assert len({tuple(source[1, 9.0, seed][0].flatten().tolist()) for seed in range(20)}) > 10
-    plain = source[1, 0.0, 0][0].float()
+    plain = source[1, 0.4, 0][0].float()
+    assert all(torch.equal(source[1, 0.0, seed][0].float(), plain) for seed in range(50))
     changes = [
         sum(float((source[1, m, seed][0].float() - plain).abs().mean()) for seed in range(60))
         for m in (3.0, 20.0)
@@ -360,6 +361,8 @@ def test_errors(tmp_path: Path) -> None:
     other = effnet.EfficientNet(STAGES, 10, 1)
     with pytest.raises(ValueError, match="is of another model"):
         Trainer(other, few_digits(), recipe(), tmp_path).resume()
+    with pytest.raises(ValueError, match="is of another set of images"):
+        Trainer(small_model(), few_digits(80), recipe(), tmp_path).resume()
     (tmp_path / "checkpoint.pt").write_bytes(b"half of a chec")
     with pytest.raises(ValueError, match="cannot be read"):
         Trainer(small_model(), few_digits(), recipe(), tmp_path).resume()

@@ -89,7 +89,9 @@ def check_outputs(model: nn.Module, stock: nn.Module) -> None:
     for training in (False, True):
         with torch.no_grad():
             expected, output = stock.train(training)(images), model.train(training)(images)
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+        # Of a logit that is small beside the others, most digits are cancelled.
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3 * max(1, largest / 10))
 
 
 @pytest.mark.parametrize("name", [*SMALL, "efficientnetv2_s"])

@@ -15,6 +15,7 @@ from effnet.commands.options import (
     load_data,
     of_data,
     positive,
+    positive_number,
     varied,
 )
 from effnet.description import write_description
@@ -24,7 +25,7 @@ from effnet.files import replace
 from effnet.plots import plot_evolution
 from effnet.training import Phase, Recipe
 from effnet.variants import Stage
-from effnet_kernels.bench.environment import default_device
+from effnet_kernels.bench.environment import default_device, device_name
 
 _EXAMPLES = """\
 examples:
@@ -58,7 +59,7 @@ def add(commands: Any) -> None:
               help="how many of these compete to be (default: 4)")
     of_search("--latency", action="store_true",
               help="the cost is the time of an image on this device, not multiply-adds")
-    of_search("--target", type=float, metavar="COST",
+    of_search("--target", type=positive_number, metavar="COST",
               help="that is wanted, in millions of multiply-adds or ms (default: the first's)")
     of_search("--weight", type=float, default=-0.07,
               help="of the cost in the reward accuracy * (cost / target) ** weight "
@@ -76,17 +77,22 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """A line a table."""
     first = varied(arguments)
-    table = scaled(first.variant)
+    first = first._replace(variant=scaled(first.variant))
+    table = first.variant
     data = load_data(table, arguments)
+    first = of_data(first, data)
     phase = Phase(table.resolution, 0.1, Strength(0.3))
     recipe = Recipe(
         (phase,), epochs=arguments.epochs, batch=arguments.batch, lr=arguments.lr,
         seed=arguments.seed,
     )  # fmt: skip
+    device = default_device()
     unit, scale = ("ms", 1e-3) if arguments.latency else ("M multiply-adds", 1e6)
     # What must not change between a history and what is added to it.
     settings = {
-        "table": repr(table), "data": arguments.data, "recipe": repr(recipe), "unit": unit,
+        "model": repr(first), "data": [arguments.data, str(arguments.root)],
+        "recipe": repr(recipe), "unit": unit,
+        "device": device_name(device) if arguments.latency else "any",
         "population": arguments.population, "sample": arguments.sample,
         "target": arguments.target, "weight": arguments.weight,
     }  # fmt: skip
@@ -100,36 +106,40 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [settings, *(individual._asdict() for individual in history)]
     replace(path, lambda file: file.write_text("".join(f"{json.dumps(line)}\n" for line in lines)))
-    best = max((individual.reward for individual in history), default=0.0)
-    turn = len(history)
+
+    def best() -> Individual:
+        return max(history, key=lambda individual: individual.reward)
+
+    def keep_best() -> None:
+        winner = first._replace(variant=table._replace(stages=best().stages))
+        write_description(arguments.out / "best.json", winner)
 
     def progress(found: Individual) -> None:
-        nonlocal best, turn
         with path.open("a") as file:
             file.write(f"{json.dumps(found._asdict())}\n")
+        history.append(found)
         mark = ""
-        if found.reward > best:
-            best, mark = found.reward, "  the best so far"
-            winner = first._replace(variant=table._replace(stages=found.stages))
-            write_description(arguments.out / "best.json", of_data(winner, data))
-        turn += 1
+        if best() is found:
+            keep_best()
+            mark = "  the best so far"
         print(
-            f"{turn}/{arguments.rounds}  accuracy {found.accuracy:.2%}  "
+            f"{len(history)}/{arguments.rounds}  accuracy {found.accuracy:.2%}  "
             f"{found.cost / scale:.3g} {unit}  reward {found.reward:.4f}{mark}",
             flush=True,
         )
 
-    history = evolve(
-        table.stages, Proxy(table, data, recipe, default_device(), latency=arguments.latency),
+    if history:  # the process may have been killed before it wrote the last one's
+        keep_best()
+    evolve(
+        table.stages, Proxy(first, data, recipe, device, latency=arguments.latency),
         rounds=arguments.rounds, population=arguments.population, sample=arguments.sample,
         target=arguments.target and arguments.target * scale, weight=arguments.weight,
-        seed=arguments.seed, history=history, progress=progress,
+        seed=arguments.seed, history=tuple(history), progress=progress,
     )  # fmt: skip
-    chosen = max(history, key=lambda individual: individual.reward)
     print(
         f"{'expand':>6} {'kernel':>6} {'stride':>6} {'channels':>8} {'layers':>6} {'SE':>5}  block"
     )
-    for stage in chosen.stages:
+    for stage in best().stages:
         block = "Fused-MBConv" if stage.fused else "MBConv"
         print(
             f"{stage.expand:>6} {stage.kernel_size:>6} {stage.stride:>6} {stage.channels:>8} "
@@ -154,18 +164,22 @@ def _read_history(path: Path, settings: dict[str, Any]) -> list[Individual]:
     """
     if not path.exists():
         raise ValueError(f"out: there is no history in {str(path.parent)!r} to resume from")
+    lines = path.read_text().splitlines()
     found: list[Any] = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines):
         try:
             found.append(json.loads(line))
-        except ValueError:
-            break  # the process was killed while it wrote
+            if number:
+                stages = tuple(Stage(*stage) for stage in found[-1]["stages"])
+                found[-1] = Individual(**{**found[-1], "stages": stages})
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) - 1:
+                del found[number:]  # the process was killed while it wrote
+                break
+            raise ValueError(f"out: line {number + 1} of {str(path)!r} is no table") from error
     if not found or found[0] != settings:
         raise ValueError(
             f"out: {str(path)!r} is of another search; search in another folder, or with the "
             "settings that it was begun with"
         )
-    return [
-        Individual(**{**line, "stages": tuple(Stage(*stage) for stage in line["stages"])})
-        for line in found[1:]
-    ]
+    return found[1:]

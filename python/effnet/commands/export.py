@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"out: got {str(arguments.out)!r}, expected a name ending in .onnx or .pt2"
         )
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {str(arguments.out.parent)!r}")
     model, description = load_model(arguments.model, arguments.weights, arguments)
     resolution, in_chans = description.variant.resolution, description.in_chans
     if arguments.out.suffix == ".onnx":

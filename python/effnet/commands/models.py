@@ -9,9 +9,8 @@ import torch
 
 from effnet.commands.options import add_command, positive
 from effnet.complexity import complexity
-from effnet.description import describe
-from effnet.efficientnet import create_model
-from effnet.variants import VARIANTS, Variant
+from effnet.description import Description, describe
+from effnet.variants import VARIANTS
 from effnet_kernels.bench.environment import default_device
 from effnet_kernels.bench.timing import Contender, measure
 
@@ -32,20 +31,21 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """A line each."""
     names = arguments.names or list(VARIANTS)
-    variants = [describe(name).variant for name in names]
+    described = [describe(name) for name in names]
     device = default_device()
     measured = f"  {'images/s':>9}" if arguments.measure else ""
     print(f"{'model':20}{'parameters':>12}{'multiply-adds':>15}{'resolution':>12}{measured}")
-    for name, table in zip(names, variants, strict=True):
+    for name, network in zip(names, described, strict=True):
+        resolution = network.variant.resolution
         with torch.device("meta"):
-            model = create_model(table)
-        cost = complexity(model, table.resolution)
+            model = network.build()
+        cost = complexity(model, resolution, network.in_chans)
         line = (
             f"{name:20}{cost.parameters / 1e6:>10.1f} M{cost.multiply_adds / 1e9:>13.2f} G"
-            f"{table.resolution:>12}"
+            f"{resolution:>12}"
         )
         if arguments.measure:
-            rate = _images_per_second(table, arguments.batch, device)
+            rate = _images_per_second(network, arguments.batch, device)
             line += f"  {rate:>9.3g}"
         print(line, flush=True)
     if arguments.measure:
@@ -54,11 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _images_per_second(table: Variant, batch: int, device: torch.device) -> float:
+def _images_per_second(network: Description, batch: int, device: torch.device) -> float:
     """From the median of about two seconds of calls."""
-    model = create_model(table).eval().to(device)
+    model = network.build().eval().to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(batch, 3, table.resolution, table.resolution, device=device)
+    side = network.variant.resolution
+    images = torch.randn(batch, network.in_chans, side, side, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         times = measure([Contender("model", model, [images])], device, cold=False, seconds=2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a positive number")
+    return value
+
+
 def add_data(parser: Any) -> None:
     """--data and what belongs to it."""
     option = parser.add_argument_group("data").add_argument
@@ -50,8 +59,12 @@ def add_table(parser: Any) -> None:
     option = parser.add_argument_group("model").add_argument
     option("--model", default="efficientnet_b0", metavar="NAME",
            help=f"{MODEL} (default: efficientnet_b0)")  # fmt: skip
-    option("--depth", type=float, default=1.0, metavar="X", help="times its own (default: 1)")
-    option("--width", type=float, default=1.0, metavar="X", help="times its own (default: 1)")
+    option(
+        "--depth", type=positive_number, default=1.0, metavar="X", help="times its own (default: 1)"
+    )
+    option(
+        "--width", type=positive_number, default=1.0, metavar="X", help="times its own (default: 1)"
+    )
     option("--stem-stride", type=int, choices=(1, 2), help="1 suits small images (default: 2)")
     option("--resolution", type=positive, metavar="PIXELS", help="default: the model's own")
 

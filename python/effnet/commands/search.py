@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from effnet.commands.options import MODEL, add_command, positive
-from effnet.description import Description, describe, write_description
+from effnet.commands.options import MODEL, add_command, positive, positive_number
+from effnet.description import describe, write_description
 from effnet.efficientnet import scaled
 from effnet.plots import plot_stages
 from effnet.search import choose, measure
@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
     option("--batch", type=positive, default=1, metavar="N", help="default: 1")
     option("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
            help="default: float32")
-    option("--most-parameters", type=float, metavar="MILLIONS",
+    option("--most-parameters", type=positive_number, metavar="MILLIONS",
            help="of all stages: the fastest table that has no more")
-    option("--most-milliseconds", type=float, metavar="MS",
+    option("--most-milliseconds", type=positive_number, metavar="MS",
            help="of an image in all stages: the smallest table so fast")
-    option("--seconds", type=float, default=1.0, metavar="S",
+    option("--seconds", type=positive_number, default=1.0, metavar="S",
            help="of sampling for each stage (default: 1)")
     option("--plot", type=Path, metavar="FILE", help="such as stages.png")
     option("--out", type=Path, metavar="FILE", help="such as mine.json: the model, for --model")
@@ -46,8 +46,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """A line a stage."""
-    table = scaled(describe(arguments.model).variant)
-    table = table._replace(resolution=arguments.resolution or table.resolution)
+    described = describe(arguments.model)
+    table = scaled(described.variant)
+    if arguments.resolution is not None:
+        table = table._replace(resolution=arguments.resolution, train_resolution=None)
     dtype = getattr(torch, arguments.dtype)
     measured = measure(table, batch=arguments.batch, dtype=dtype, seconds=arguments.seconds)
     millions, milliseconds = arguments.most_parameters, arguments.most_milliseconds
@@ -67,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         first, second = cells
         way = "fused" if stage.fused else "mbconv"
         print(f"{shape:28}{first:>22}{second:>22}{ratio:>7.2f}x  {way}")
+    if arguments.out is not None:
+        write_description(arguments.out, described._replace(variant=table._replace(stages=chosen)))
+        print(f"wrote {arguments.out}")
     if arguments.plot is not None:
         plot_stages({arguments.model: measured}, arguments.plot)
         print(f"wrote {arguments.plot}")
-    if arguments.out is not None:
-        write_description(arguments.out, Description(table._replace(stages=chosen)))
-        print(f"wrote {arguments.out}")
     return 0
