@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             model = network.build()
         cost = complexity(model, resolution, network.in_chans)
         line = (
-            f"{name:20}{cost.parameters / 1e6:>10.1f} M{cost.multiply_adds / 1e9:>13.2f} G"
+            f"{name:20}{cost.parameters / 1e6:>10.1f} M{_multiply_adds(cost.multiply_adds):>15}"
             f"{resolution:>12}"
         )
         if arguments.measure:
@@ -52,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         replayed = ", replays of a CUDA graph" if device.type == "cuda" else ""
         print(f"batch {arguments.batch}, float32, fresh weights, on {device.type}{replayed}")
     return 0
+
+
+def _multiply_adds(number: int) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e7 else f"{number / 1e6:.2f} M"
 
 
 def _images_per_second(network: Description, batch: int, device: torch.device) -> float:

@@ -33,7 +33,8 @@ from effnet_kernels.bench.environment import default_device
 
 _TRAIN_EXAMPLES = """\
 examples:
-  effnet train --data digits --resolution 32 --width 0.25 --stem-stride 1 --out runs/digits
+  effnet train --data digits --resolution 32 --width 0.25 --depth 0.3 --stem-stride 1 \\
+      --epochs 15 --lr 0.01 --out runs/digits
   effnet train --data folder --root flowers --model efficientnetv2_s --resolution 300 \\
       --progressive 128 --randaugment 15 --mixup 0.2 --amp bfloat16 --ema 0.999 --out runs/flowers
   effnet train ... --resume                            after an interruption, with the same options
