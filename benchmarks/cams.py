@@ -125,7 +125,7 @@ def main() -> int:
         heat = activation_map(model.eval(), images, test.classes[: len(shown)].to(device)).cpu()
         heat = torch.nn.functional.interpolate(heat[:, None], (side, side), mode="bilinear")[:, 0]
         columns.append(torch.stack([overlay(i, h) for i, h in zip(columns[0], heat, strict=True)]))
-        captions.append(f"{name}, {accuracy:.1%}")
+        captions.append(name)
     rows = torch.cat(columns, 3)  # each is a picture and the maps of it
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_image(arguments.out, torch.cat(list(rows), 1), captions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,29 @@ def variants(_: Path) -> str:
     return "\n".join(lines)
 
 
-def _of_devices(pattern: str, how: Callable[[Report, Path], Iterator[str]]) -> Callable[..., str]:
-    """What to draw of a benchmark: of every device that has its results."""
+def _of_devices(
+    pattern: str,
+    about: Callable[[Report], str],
+    table: Callable[[Report], str],
+    picture: str | None = None,
+) -> Callable[[Path], str]:
+    """What to draw of a benchmark, for every device that has its results.
+
+    Args:
+        pattern: of the results, below the device's folder.
+        about: how it was measured, a sentence after the device's.
+        table: of the figures.
+        picture: what is to be seen in the picture beside the results, if there is one.
+    """
 
     def drawn(directory: Path) -> str:
         parts = []
         for path in sorted(directory.glob(f"*/{pattern}.json")):
             report = json.loads(path.read_text())
-            parts.append("\n".join(how(report, path.relative_to(directory))))
+            parts += [f"On {_where(report)}: {about(report)}", table(report)]
+            if picture is not None:
+                place = path.relative_to(directory).with_suffix(".png")
+                parts.append(f"![{picture}](../../benchmarks/results/{place})")
         return "\n\n".join(parts) or "Not measured yet."
 
     return drawn
@@ -86,11 +101,6 @@ def _where(report: Report) -> str:
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
         f"{where['date'][:10]}"
     )
-
-
-def _picture(what: str, path: Path) -> str:
-    """Beside the results, as seen from the README."""
-    return f"![{what}](../../benchmarks/results/{path.with_suffix('.png')})"
 
 
 def networks_table(report: Report) -> str:
@@ -113,12 +123,8 @@ def networks_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _networks(report: Report, path: Path) -> Iterator[str]:
-    yield f"On {_where(report)}: inference, float32, batch {report['batch']}."
-    yield ""
-    yield networks_table(report)
-    yield ""
-    yield _picture("accuracy by speed", path)
+def _networks(report: Report) -> str:
+    return f"inference, float32, batch {report['batch']}."
 
 
 def progressive_table(report: Report) -> str:
@@ -148,14 +154,11 @@ def speedup(report: Report) -> float:
     return statistics.median(one[0] / progressive[0] for one, progressive in pairs)
 
 
-def _progressive(report: Report, _: Path) -> Iterator[str]:
-    yield (
-        f"On {_where(report)}: a small EfficientNet on scikit-learn's digits, {report['epochs']} "
-        f"epochs; the two in turns, seed by seed. Progressive learning is {speedup(report):.2f} "
-        "times as fast."
+def _progressive(report: Report) -> str:
+    return (
+        f"a small EfficientNet on scikit-learn's digits, {report['epochs']} epochs; the two in "
+        f"turns, seed by seed. Progressive learning is {speedup(report):.2f} times as fast."
     )
-    yield ""
-    yield progressive_table(report)
 
 
 def stages_table(report: Report) -> str:
@@ -176,15 +179,11 @@ def stages_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _stages(report: Report, path: Path) -> Iterator[str]:
-    yield (
-        f"On {_where(report)}: {report['model']}'s stages at {report['resolution']}, inference, "
-        f"{report['dtype']}, batch {report['batch']}, time of an image."
+def _stages(report: Report) -> str:
+    return (
+        f"{report['model']}'s stages at {report['resolution']}, inference, {report['dtype']}, "
+        f"batch {report['batch']}, time of an image."
     )
-    yield ""
-    yield stages_table(report)
-    yield ""
-    yield _picture("times of the stages", path)
 
 
 def evolution_table(report: Report) -> str:
@@ -205,19 +204,15 @@ def evolution_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _evolution(report: Report, path: Path) -> Iterator[str]:
-    yield f"On {_where(report)}: {report['epochs']} epochs a table."
-    yield ""
-    yield evolution_table(report)
-    yield ""
-    yield _picture("rewards and costs", path)
+def _evolution(report: Report) -> str:
+    return f"{report['epochs']} epochs a table."
 
 
 PARTS: dict[str, Callable[[Path], str]] = {
     "variants": variants,
-    "networks": _of_devices("networks/networks", _networks),
-    "progressive": _of_devices("training/progressive", _progressive),
-    "stages": _of_devices("search/stages", _stages),
-    "evolution": _of_devices("search/evolution", _evolution),
+    "networks": _of_devices("networks/networks", _networks, networks_table, "accuracy by speed"),
+    "progressive": _of_devices("training/progressive", _progressive, progressive_table),
+    "stages": _of_devices("search/stages", _stages, stages_table, "times of the stages"),
+    "evolution": _of_devices("search/evolution", _evolution, evolution_table, "rewards and costs"),
 }
 """By the names in the marks."""

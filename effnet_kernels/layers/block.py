@@ -94,24 +94,6 @@ def drawn_sample_scale(input: Tensor, keep: float, *, rescaled: bool) -> Tensor:
     return scale.flatten()
 
 
-def drop_path_scale(block: nn.Module, rate: float, input: Tensor) -> Tensor | None:
-    """What drop path at ``rate`` multiplies each image of ``block`` by, or None."""
-    if not block.training or rate == 0.0:
-        return None
-    return drawn_sample_scale(input, 1.0 - rate, rescaled=True)
-
-
-def check_drop_path(rate: float) -> float:
-    """``rate``, a probability below 1.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"drop_path: got {rate}, expected a probability below 1")
-    return rate
-
-
 class BlockModule(nn.Module):
     """What MBConv and FusedMBConv have in common, both as their docstrings have it: settings,
     squeeze-and-excitation, drop path.
@@ -127,8 +109,10 @@ class BlockModule(nn.Module):
         super().__init__()
         activation_code("activation", activation)
         activation_code("gate", gate)
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path: got {drop_path}, expected a probability below 1")
         self.padding = kernel_size // 2 if padding is None else padding
-        self.activation, self.gate, self.drop_path = activation, gate, check_drop_path(drop_path)
+        self.activation, self.gate, self.drop_path = activation, gate, drop_path
         self.residual = stride == 1 and in_channels == out_channels
         self.reduce: nn.Conv2d | None = None
         self.excite: nn.Conv2d | None = None
@@ -146,8 +130,10 @@ class BlockModule(nn.Module):
         return Excite(self.reduce, self.excite, self.activation, self.gate)
 
     def sample_scale(self, x: Tensor) -> Tensor | None:
-        """What drop path multiplies each image by, or None."""
-        return drop_path_scale(self, self.drop_path, x)
+        """What drop path multiplies each image by, (N,), or None."""
+        if not self.training or self.drop_path == 0.0:
+            return None
+        return drawn_sample_scale(x, 1.0 - self.drop_path, rescaled=True)
 
     def extra_repr(self) -> str:
         """The settings that no child shows."""

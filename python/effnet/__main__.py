@@ -14,7 +14,7 @@ examples:
   effnet models                                        the family, with what its members cost
   effnet models efficientnet_b0 --measure              and how fast they are on this device
   effnet train --data digits --resolution 32 --width 0.25 --depth 0.3 --stem-stride 1 \\
-      --epochs 15 --lr 0.01 --out runs/digits          offline, in half a minute
+      --epochs 15 --lr 0.01 --out runs/digits          offline
   effnet finetune --data Flowers102 --download --weights b0.safetensors --out runs/flowers
   effnet predict cat.jpg --model efficientnet_b0 --weights b0.safetensors
   effnet cam cat.jpg --model efficientnet_b0 --weights b0.safetensors --out cat.png

@@ -103,7 +103,7 @@ def _check(description: Description) -> None:
     names = description.class_names
     if names is not None and len(names) != description.num_classes:
         raise ValueError("class names")
-    if description.variant.resolution + 0 < 1:
+    if description.variant.resolution < 1:
         raise ValueError("resolution")
     with torch.device("meta"):
         description.build()

@@ -375,9 +375,7 @@ class Trainer:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for images, classes in DataLoader(
-            share, self.recipe.batch, num_workers=self.workers
-        ):  # fmt: skip
+        for images, classes in DataLoader(share, self.recipe.batch, num_workers=self.workers):
             images = resize(images.to(self.device), size)
             logits = model(normalise(images, self.data.mean, self.data.std))
             right += (logits.argmax(1) == classes.to(self.device)).sum()
