@@ -18,6 +18,7 @@ from pathlib import Path
 import family
 
 from effnet_kernels.bench import peers
+from effnet_kernels.bench.environment import versions_of
 from effnet_kernels.bench.results import Group, Results, Row, groups, read
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +26,8 @@ RESULTS = ROOT / "benchmarks/results"
 OURS = ("auto", "cuda", "triton", "cpu", "cpu+prepared")
 """What a user of ours has; not what ``torch.compile`` makes of it."""
 PEERS = {
-    "`torch.compile`": ("compile", "compile-unfrozen"),
+    "`torch.compile`": ("compile", "compile-max", "compile-unfrozen"),
+    "XLA": ("xla",),
     "ONNX Runtime": ("onnxruntime",),
     "OpenVINO": ("openvino",),
 }
@@ -184,9 +186,15 @@ timed: ONNX Runtime's look out for its next call for a while, on the other's pro
 
 `eager` is stock PyTorch, channels-last; `eager-nchw` the same in the other layout. `compile` is
 `torch.compile`, which in inference on a CPU freezes the parameters; `compile-unfrozen` does not.
-`onnxruntime` and `openvino` run the stock model's ONNX file. The others are ours: `cpu`, `cuda` and
-`triton` are the converted model on one backend, `auto` on the fastest for each call; `cpu+prepared`
-has BN folded and the weights packed beforehand; `+compile` is `torch.compile` of a converted model.
+`compile-max` is its `max-autotune`. On a GPU a CUDA graph of each contender's calls is timed, but
+for `xla`: JAX's compilation of the stock model's operators, whose calls are timed with what of
+their launches the GPU has to wait for. `onnxruntime` and `openvino` run the stock model's ONNX
+file. The others are ours: `cpu`, `cuda` and `triton` are the converted model on one backend, `auto`
+on the fastest for each call; `cpu+prepared` has BN folded and the weights packed beforehand;
+`+compile` is `torch.compile` of a converted model.
+
+In 16 bits `inference` and `training-pure` have parameters and images of that dtype, `training` and
+`inference-autocast` float32 ones and autocast.
 
 ## What keeps a CPU from more
 
@@ -362,20 +370,15 @@ def performance(directory: Path) -> str:
 def _described(run: Results) -> str:
     """Where and when, as a line."""
     environment = run.environment
-    versions = ", ".join(
-        f"{name} {environment[name]}"
-        for name in ("torch", "triton", "onnxruntime", "openvino")
-        if environment.get(name) is not None
-    )
     rates = ", ".join(
         f"{dtype} {rate / 1e12:.3g}"
         for dtype, rate in run.ceilings["matmul_flops_per_second"].items()
     )
     models = ", ".join(dict.fromkeys(row.model for row in run.rows))
     return (
-        f"{models}: {environment['threads']} threads, {versions}; matrix products {rates} TFLOP/s, "
-        f"copy {run.copy_bandwidth / 1e9:.3g} GB/s; {environment['date'][:10]}, commit "
-        f"{(environment['commit'] or 'unknown')[:12]}"
+        f"{models}: {environment['threads']} threads, {versions_of(environment)}; "
+        f"matrix products {rates} TFLOP/s, copy {run.copy_bandwidth / 1e9:.3g} GB/s; "
+        f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}"
         f"{' with changes' if environment['uncommitted_changes'] else ''}"
     )
 

@@ -19,6 +19,7 @@ from effnet_kernels.bench import (
     pointwise_conv_bn_act,
     report,
     squeeze_excite,
+    xla,
 )
 from effnet_kernels.bench.results import Results
 
@@ -34,6 +35,8 @@ SUITES: dict[str, Any] = {
 """The suites by the name of their subcommand: each op's (``kernels`` is the depthwise one's), and
 that of whole models.
 """
+
+_COSTLY = ("compile-max", xla.NAME)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -55,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser, suite: Any) -> None:
         "--only", nargs="+", metavar="CONTENDER",
         help=f"of {', '.join(suite.PEERS)} and our backends (cpu, cuda, triton, auto"
         f"{'; cpu+prepared, cpu+compile ...' if suite is models else ''}); eager always runs "
-        "(default: all that can run, without compile-max, which tunes for minutes)",
+        "(default: all that can run, without those that tune or compile for minutes, "
+        f"{' and '.join(name for name in _COSTLY if name in suite.PEERS)})",
     )  # fmt: skip
     parser.add_argument(
         "--caches", nargs="+", choices=("warm", "cold"), metavar="KIND",
@@ -184,7 +188,7 @@ def _contenders(suite: Any, device: torch.device) -> list[str]:
 
 
 def _affordable(suite: Any, device: torch.device) -> list[str]:
-    return [name for name in _contenders(suite, device) if name != "compile-max"]
+    return [name for name in _contenders(suite, device) if name not in _COSTLY]
 
 
 def _check_only(only: list[str] | None, suite: Any, device: torch.device) -> None:

@@ -41,7 +41,7 @@ def onnx_file(model: nn.Module, images: Tensor) -> bytes:
     Raises:
         UnavailableError: the package onnx is not installed.
     """
-    _package("onnx")
+    package("onnx")
     file = io.BytesIO()
     with warnings.catch_warnings():
         # It is deprecated, and warns of every shape that becomes a constant; the other exporter
@@ -59,7 +59,7 @@ def onnxruntime_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) ->
         UnavailableError: it is not installed, or ``dtype`` is not float32: the provider would
             convert 16-bit tensors and run the convolutions in float32 all the same.
     """
-    ort = _package("onnxruntime")
+    ort = package("onnxruntime")
     if dtype != torch.float32:
         raise UnavailableError(f"it has no convolution in {dtype} on CPUs")
     options = ort.SessionOptions()
@@ -87,7 +87,7 @@ def openvino_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Fo
         UnavailableError: it is not installed, does not compute in ``dtype`` on this CPU, or takes
             another number of threads than PyTorch.
     """
-    openvino = _package("openvino")
+    openvino = package("openvino")
     precision, capability = _PRECISIONS[dtype]
     threads = torch.get_num_threads()
     core = openvino.Core()
@@ -155,7 +155,12 @@ def lazy_forward(name: str, model: nn.Module, dtype: torch.dtype) -> Forward:
     return forward
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
+    """The module ``name``.
+
+    Raises:
+        UnavailableError: it does not import.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

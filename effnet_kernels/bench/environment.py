@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions_of(description: Mapping[str, Any]) -> str:
+    """The libraries that ran, by a ``describe``, in words."""
+    names = ("torch", "triton", "onnxruntime", "openvino", "jax")
+    found = ((name, description.get(name)) for name in names)
+    return ", ".join(f"{name} {version}" for name, version in found if version is not None)
 
 
 def cpu_model() -> str:
@@ -132,6 +139,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "onnx": version_of("onnx"),
         "onnxruntime": version_of("onnxruntime"),
         "openvino": version_of("openvino"),
+        "jax": version_of("jax"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

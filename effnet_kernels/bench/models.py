@@ -1,5 +1,5 @@
-"""timm's models, stock and converted, beside ``torch.compile`` and, on a CPU, other engines:
-inference and training steps.
+"""timm's models, stock and converted, beside ``torch.compile`` and other engines: inference and
+training steps.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import effnet_kernels
-from effnet_kernels.bench import engines, environment, peers, timing
+from effnet_kernels.bench import engines, environment, peers, timing, xla
 from effnet_kernels.bench.peers import Match
 from effnet_kernels.bench.results import BASELINE, Row
 from effnet_kernels.bench.timing import Contender
 
 NAME = "models-efficientnet"
-MODES = ("inference", "training")
-"""A forward pass in evaluation mode; forward, cross-entropy and backward in training mode."""
-PEERS = (BASELINE, "eager-nchw", *peers.COMPILED, "compile-unfrozen", *engines.ENGINES)
+MODES = ("inference", "inference-autocast", "training", "training-pure")
+"""A forward pass in evaluation mode; forward, cross-entropy and backward in training mode. A dtype
+of 16 bits is that of parameters and images in ``inference`` and ``training-pure``, and in the other
+two that of autocast over float32 ones; in float32 there are only ``inference`` and ``training``.
+"""
+PEERS = (
+    BASELINE, "eager-nchw", *peers.COMPILED, "compile-unfrozen", *engines.ENGINES, xla.NAME
+)  # fmt: skip
 """``compile`` freezes the parameters in inference on a CPU, ``compile-unfrozen`` does not; that one
-and the other engines run in nothing else.
+and those of ``engines`` run in nothing else.
 """
 MODELS = (
     "efficientnet_b0@224", "efficientnet_b4@380", "tf_efficientnetv2_s@300", "efficientnetv2_s@384",
@@ -34,14 +39,12 @@ MODELS = (
 """What is measured by default. V2-S at its sizes in training and after it, in both paddings."""
 
 _RESIDUAL = 0.3
+_SHORT = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One model at one resolution, batch, dtype and mode.
-
-    In training, float16 and bfloat16 mean autocast over float32 parameters.
-    """
+    """One model at one resolution, batch, dtype and mode, of ``MODES``."""
 
     model: str
     resolution: int
@@ -56,7 +59,18 @@ class Problem:
     @property
     def training(self) -> bool:
         """Forward and backward, instead of inference."""
-        return self.mode == "training"
+        return self.mode.startswith("training")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What autocast is to compute in; None where it is off."""
+        pure = self.mode in ("inference", "training-pure")
+        return None if pure or self.dtype not in _SHORT else self.dtype
+
+    @property
+    def parameters(self) -> torch.dtype:
+        """Of the model's parameters and the images."""
+        return self.dtype if self.autocast is None else torch.float32
 
 
 def create(name: str) -> nn.Module:
@@ -153,20 +167,27 @@ def _caller(
     model: Callable[[Tensor], Tensor], problem: Problem, parameters: Sequence[Tensor],
     backend: str | None,
 ) -> Callable[[Inputs], tuple[Tensor, ...]]:  # fmt: skip
-    autocast = problem.training and problem.dtype in (torch.float16, torch.bfloat16)
+    autocast = problem.autocast
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         if backend is not None:
             peers.demand(backend)
-        if not problem.training:
-            return (model(inputs.images),)
-        with torch.autocast(inputs.images.device.type, problem.dtype, enabled=autocast):
+        with torch.autocast(inputs.images.device.type, autocast, enabled=autocast is not None):
             logits = model(inputs.images)
+        if not problem.training:
+            return (logits,)
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)),
                                inputs.classes)  # fmt: skip
         return logits, *torch.autograd.grad(loss, parameters)
 
     return call
+
+
+def _xla_contender(step: xla.Call, problem: Problem, sets: Sequence[Inputs]) -> Contender:
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        return step(inputs.images, inputs.classes) if problem.training else step(inputs.images)
+
+    return Contender(xla.NAME, call, sets, allocates=False, capturable=False)
 
 
 def match(
@@ -205,9 +226,8 @@ def match_on(
     """``match`` with a model and images of the caller's; both stay as they are."""
     torch._dynamo.reset()
     stock = copy.deepcopy(stock).to(device)
-    low = problem.dtype if not problem.training else torch.float32
     classes = torch.arange(problem.batch, device=device) % 1000
-    base = Inputs(images.to(device, low), classes)
+    base = Inputs(images.to(device, problem.parameters), classes)
     sets = 1
     if cold:
         cache = environment.cache_bytes(device)
@@ -218,8 +238,9 @@ def match_on(
     ]
 
     def fresh(layout: torch.memory_format = torch.channels_last) -> nn.Module:
-        model = copy.deepcopy(stock).to(dtype=low, memory_format=layout)  # type: ignore[call-overload]
-        return model.train(problem.training)  # type: ignore[no-any-return]
+        model = copy.deepcopy(stock)
+        model.to(dtype=problem.parameters, memory_format=layout)  # type: ignore[call-overload]
+        return model.train(problem.training)
 
     def caller(model: nn.Module, forward: Any = None, backend: str | None = None) -> Any:
         return _caller(forward or model, problem, list(model.parameters()), backend)
@@ -246,12 +267,15 @@ def match_on(
         forward = peers.compiled(model, "default", freezing=False)
         contenders.append(Contender("compile-unfrozen", caller(model, forward), channels_last))
     for name in engines.ENGINES:
-        if inference_on_cpu and wanted(name):
+        if inference_on_cpu and problem.autocast is None and wanted(name):
             model = fresh(torch.contiguous_format)
             forward = engines.lazy_forward(name, model, problem.dtype)
             # Float32, whatever the engine computes in, but the same numbers that the others get.
             own = [inputs.to(lambda t: t.to(torch.float32, copy=True)) for inputs in nchw]
             contenders.append(Contender(name, caller(model, forward), own, allocates=False))
+    if wanted(xla.NAME):
+        forward = xla.lazy_call(fresh(torch.contiguous_format), problem.autocast)
+        contenders.append(_xla_contender(forward, problem, nchw))
     for backend in peers.our_backends(device, problem.dtype):
         if wanted(backend):
             model = effnet_kernels.convert(fresh())
@@ -296,8 +320,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the model's own)",
     )  # fmt: skip
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE",
-        help=f"of {', '.join(MODES)} (default: both)",
+        "--modes", nargs="+", choices=MODES, default=["inference", "training"], metavar="MODE",
+        help=f"of {', '.join(MODES)}; a dtype of 16 bits is the parameters' in inference and "
+        "training-pure, autocast's in the others (default: inference training)",
     )  # fmt: skip
 
 
@@ -324,5 +349,7 @@ def problems(arguments: argparse.Namespace) -> Iterator[Problem]:
     for name, size in [resolved(spelling) for spelling in arguments.models]:
         for dtype in arguments.dtypes:
             for mode in arguments.modes:
+                if dtype not in _SHORT and mode not in ("inference", "training"):
+                    continue
                 for batch in arguments.batch:
                     yield Problem(name, size, batch, dtype, mode)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from effnet_kernels.bench import peers
+from effnet_kernels.bench.environment import versions_of
 from effnet_kernels.bench.results import BASELINE, Group, Results, Row, groups
 
 _PLOT_COLUMNS = 2
@@ -162,17 +163,12 @@ def print_groups(results: Results, console: Any) -> None:
         table.add_row(*cells)
     console.print(table)
     described = results.environment
-    versions = ", ".join(
-        f"{name} {described[name]}"
-        for name in ("torch", "triton", "onnxruntime", "openvino")
-        if described.get(name) is not None
-    )
     rates = ", ".join(
         f"{dtype} {rate / 1e12:.3g} TFLOP/s"
         for dtype, rate in results.ceilings["matmul_flops_per_second"].items()
     )
     console.print(
-        f"{described['device']}, {described['threads']} CPU threads, {versions}; "
+        f"{described['device']}, {described['threads']} CPU threads, {versions_of(described)}; "
         f"copy {results.copy_bandwidth / 1e9:.4g} GB/s; "
         f"matmul {rates}; commit {(described['commit'] or 'unknown')[:12]}"
         f"{' with changes' if described['uncommitted_changes'] else ''}",

@@ -78,12 +78,15 @@ class Contender:
         call: takes one set of inputs; what it returns is kept until the next call is through.
         inputs: sets of inputs, alike in everything but their memory.
         allocates: whether its memory is of PyTorch's allocator; else what it holds is not known.
+        capturable: whether a CUDA graph of PyTorch's can hold its calls. What runs on streams of
+            its own cannot be held; its results must make the current stream wait for them.
     """
 
     name: str
     call: Call
     inputs: Sequence[Any]
     allocates: bool = True
+    capturable: bool = True
 
 
 def sets_for_cold(bytes_a_call: int, cache_bytes: int, memory_bytes: int) -> int:
@@ -126,8 +129,10 @@ def measure(
 
 def _sampler(contender: Contender, device: torch.device, cold: bool) -> tuple[Sample, str]:
     sets = list(contender.inputs) if cold else [contender.inputs[0]]
+    if device.type == "cuda" and contender.capturable:
+        return _cuda_graph_sampler(contender, device, sets)
     if device.type == "cuda":
-        return _cuda_sampler(contender, device, sets)
+        return _cuda_call_sampler(contender, device, sets, "its streams are its own")
     return _cpu_sampler(contender.call, sets)
 
 
@@ -161,7 +166,7 @@ def _cpu_sampler(call: Call, sets: Sequence[Any]) -> tuple[Sample, str]:
     return sample, f"one call after {_WARM_UP} s of others, {len(sets)} sets of inputs in turn"
 
 
-def _cuda_sampler(
+def _cuda_graph_sampler(
     contender: Contender, device: torch.device, sets: Sequence[Any]
 ) -> tuple[Sample, str]:
     calls = [sets[i % len(sets)] for i in range(max(len(sets), _GRAPH_CALLS))]
@@ -184,21 +189,9 @@ def _cuda_sampler(
                     contender.call(inputs)
     except RuntimeError as error:
         torch.cuda.synchronize(device)
-        reason = str(error).splitlines()[0]
-        turns = itertools.cycle(sets)
+        return _cuda_call_sampler(contender, device, sets, str(error).splitlines()[0])
 
-        def sample_calls() -> float:
-            torch.cuda.synchronize(device)
-            start.record()
-            for _ in range(_GRAPH_CALLS):
-                contender.call(next(turns))
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3 / _GRAPH_CALLS
-
-        return sample_calls, f"{_GRAPH_CALLS} calls with their launches (no CUDA graph: {reason})"
-
-    def sample_graph() -> float:
+    def sample() -> float:
         start.record()
         graph.replay()
         end.record()
@@ -206,7 +199,26 @@ def _cuda_sampler(
         return float(start.elapsed_time(end)) / 1e3 / len(calls)
 
     # The results' memory belongs to the graph, so it outlives this call with the closure.
-    return sample_graph, f"CUDA graph of {len(calls)} calls, {len(sets)} sets of inputs"
+    return sample, f"CUDA graph of {len(calls)} calls, {len(sets)} sets of inputs"
+
+
+def _cuda_call_sampler(
+    contender: Contender, device: torch.device, sets: Sequence[Any], reason: str
+) -> tuple[Sample, str]:
+    turns = itertools.cycle(sets)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+
+    def sample() -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(_GRAPH_CALLS):
+            contender.call(next(turns))
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / _GRAPH_CALLS
+
+    return sample, f"{_GRAPH_CALLS} calls with their launches (no CUDA graph: {reason})"
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
