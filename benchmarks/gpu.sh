@@ -4,6 +4,8 @@
 #   benchmarks/gpu.sh                   everything, in less than 10 minutes
 #   benchmarks/gpu.sh build kernels=60  some parts, kernels in at most 60 seconds, of:
 #                                       build tests sanitize tune kernels models search ncu
+#   benchmarks/gpu.sh build matrix      the same models at other batches, sizes and precisions, and
+#                                       beside peers that tune for minutes: not part of everything
 #
 # A part that fails is reported and does not stop the others; the exit status is 1 if any did.
 # Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
@@ -15,9 +17,9 @@
 set -uo pipefail
 
 readonly PARTS=(build tests sanitize tune kernels models search ncu)
-# Seconds; together with the start less than 10 minutes.
+# Seconds; of the parts together, with the start, less than 10 minutes.
 declare -A LIMITS=([build]=105 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=100 [models]=115
-  [search]=20 [ncu]=35)
+  [search]=20 [ncu]=35 [matrix]=480)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -145,6 +147,37 @@ part_models() {
   return "$status"
 }
 
+# In order of worth: what the time does not reach is not measured.
+part_matrix() {
+  local status=0
+  local b0="--models efficientnet_b0@224" b4="--models efficientnet_b4@380"
+  local v2_s="--models efficientnetv2_s@384"
+  measure 15 fused_mbconv --models efficientnetv2_s --batch 128 --modes inference --caches warm \
+    --dtypes bfloat16 --seconds 0.1 --quiet --only compile-max folded folded+compile auto \
+    --name kernels-fused_mbconv-max || status=$?
+  # shellcheck disable=SC2086  # words
+  {
+    measure_models 30 inference-b0-peers $b0 --modes inference --batch 256 1 \
+      --only eager-nchw compile compile-max xla auto || status=$?
+    measure_models 20 training-b0-peers $b0 --modes training --batch 128 \
+      --only eager-nchw compile xla auto || status=$?
+    measure_models 20 inference-b4 $b4 --modes inference --batch 256 1 32 --only compile auto ||
+      status=$?
+    measure_models 20 training-b4 $b4 --modes training --batch 128 --only compile auto || status=$?
+    measure_models 25 inference-v2-s-384 $v2_s --modes inference --batch 256 1 32 \
+      --only compile auto || status=$?
+    measure_models 30 training-v2-s-384 $v2_s --modes training --batch 128 --only compile auto ||
+      status=$?
+    measure_models 50 inference-b0-autocast $b0 --modes inference-autocast --batch 256 \
+      --only compile auto || status=$?
+    measure_models 50 training-b0-pure $b0 --modes training-pure --batch 128 --only compile auto ||
+      status=$?
+    measure_models 100 training-b0-256 $b0 --modes training --batch 256 --only compile auto ||
+      status=$?
+  }
+  return "$status"
+}
+
 part_search() {
   limited python3 benchmarks/stages.py --seconds 0.5 --out "$OUT/search/stages.json"
 }
@@ -183,7 +216,7 @@ selected=()
 for argument in "${@:-${PARTS[@]}}"; do
   part=${argument%%=*}
   if [[ -z ${LIMITS[$part]:-} || ($argument == *=* && ! ${argument#*=} =~ ^[1-9][0-9]*$) ]]; then
-    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]}, or one of them and =SECONDS" >&2
+    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]} matrix, or one of them and =SECONDS" >&2
     exit 2
   fi
   if [[ $argument == *=* ]]; then LIMITS[$part]=${argument#*=}; fi

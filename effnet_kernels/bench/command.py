@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--models: {', '.join(arguments.models)}: nothing that this suite measures"
         )
-    _check_only(arguments.only, suite, device)
+    check_only(arguments.only, suite, device)
     only = arguments.only or _affordable(suite, device)
     with console.status("measuring the copy bandwidth and the matrix rate"):
         results = Results(
@@ -191,7 +191,12 @@ def _affordable(suite: Any, device: torch.device) -> list[str]:
     return [name for name in _contenders(suite, device) if name not in _COSTLY]
 
 
-def _check_only(only: list[str] | None, suite: Any, device: torch.device) -> None:
+def check_only(only: list[str] | None, suite: Any, device: torch.device) -> None:
+    """Refuses names of contenders that ``suite`` has none of on ``device``.
+
+    Raises:
+        ValueError: there is one.
+    """
     known = _contenders(suite, device)
     for name in only or []:
         if name not in known:

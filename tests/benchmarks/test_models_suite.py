@@ -122,6 +122,6 @@ def test_contenders_on_the_command_line() -> None:
     names = command._contenders(models, CPU)
     assert {"eager", "compile", "compile-unfrozen", "onnxruntime", "openvino", "cpu"} < {*names}
     assert names[-3:] == ["cpu", "cpu+prepared", "cpu+compile"]
-    command._check_only(["onnxruntime", "openvino", "compile-unfrozen"], models, CPU)
+    command.check_only(["onnxruntime", "openvino", "compile-unfrozen"], models, CPU)
     with pytest.raises(ValueError, match="got 'onnx', expected some of eager"):
-        command._check_only(["onnx"], models, CPU)
+        command.check_only(["onnx"], models, CPU)

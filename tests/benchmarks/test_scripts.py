@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from effnet_kernels import use_backend
+from effnet_kernels.bench import command
+from effnet_kernels.bench.command import SUITES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -47,6 +50,58 @@ def test_gpu_script_knows_its_parts(tmp_path: Path) -> None:
     result = run(BENCHMARKS / "gpu.sh", "--help")
     assert result.returncode == 0
     assert "build tests sanitize tune kernels models search ncu" in result.stdout
+
+
+def test_gpu_script_asks_for_what_there_is(tmp_path: Path) -> None:
+    """On a machine of stand-ins every part runs, and each benchmark's options are ones that it
+    takes, with problems and contenders that a GPU has.
+    """
+    log = tmp_path / "log"
+    programs = {
+        # The questions come with -c, the filter of ncu's log with -.
+        "python3": f"""if [ "$1" = -c ]; then
+                         case "$2" in *slug*) ;; *get_device_name*) echo a-gpu ;;
+                           *capability*) echo 9.0a ;; esac
+                       elif [ "$1" = - ]; then cat >/dev/null
+                       else echo "$*" >>{log}; fi""",
+        "compute-sanitizer": 'while [ "$1" != python3 ]; do shift; done; "$@"',
+        "ncu": 'while [ "$1" != python3 ]; do shift; done; "$@"',
+        "nvcc": "exit 0",
+    }
+    for name, body in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{path.parent}:{os.environ['PATH']}"}
+    every = ("build", "tests", "sanitize", "tune", "kernels", "models", "search", "ncu", "matrix")
+    result = subprocess.run(
+        [str(BENCHMARKS / "gpu.sh"), *every], env={**environment, "OUT": str(tmp_path / "out")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line.split()[-1] for line in result.stdout.splitlines()[-len(every) :]] == (
+        ["ok"] * len(every)
+    )
+    suites = {Path(suite.__name__.replace(".", "/")).name: suite for suite in SUITES.values()}
+    calls = [line.split() for line in log.read_text().splitlines()]
+    measured, names = set(), []
+    for script, *options in calls:
+        if not script.startswith(("benchmarks/kernels/", "benchmarks/models/")):
+            continue
+        suite = suites[{"efficientnet": "models"}.get(Path(script).stem, Path(script).stem)]
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser, suite)
+        arguments = parser.parse_args(options)
+        arguments.dtypes = [command.DTYPES[name] for name in arguments.dtypes]
+        command.check_only(arguments.only, suite, torch.device("cuda"))
+        assert list(suite.problems(arguments)), options
+        measured.add(suite)
+        names.append((suite, arguments.name))
+    assert measured == set(SUITES.values())
+    assert len(set(names)) == len(names), "one run would replace another's results"
+    others = {call[0] for call in calls} - {f"benchmarks/kernels/{name}.py" for name in suites}
+    assert {"setup.py", "-m", "benchmarks/exercise.py", "benchmarks/stages.py"} <= others
 
 
 def test_exercise_needs_a_gpu() -> None:
