@@ -98,10 +98,9 @@ struct Layout {
 };
 
 void pack(const FusedMbconv& a, const FusedMbconvKernels& k, const FusedMbconvPlan& p,
-          const FusedMbconvWeights& weights) {
-  torch::stable::parallel_for(
-      0, p.expand_panels + p.project_panels, 1,
-      [&](int64_t begin, int64_t end) { k.pack(a, p, weights, begin, end); });
+          const FusedMbconvWeights& weights, Team& team) {
+  team.share(p.expand_panels + p.project_panels, 1,
+             [&](int64_t begin, int64_t end) { k.pack(a, p, weights, begin, end); });
 }
 
 // All bands of a.shape.batch images. sums: as k.run() has them.
@@ -171,7 +170,8 @@ Tensor prepare(const Tensor& like, const FusedMbconv& a) {
                          a.out_channels, a.shape.kernel, a.shape.stride, a.residual != nullptr);
   Tensor packed = empty_bytes(like, pieces.bytes());
   std::memcpy(packed.mutable_data_ptr(), &p, sizeof(p));
-  pack(a, k, make_plan(a, k), p.layout.in(packed.mutable_data_ptr()));
+  Team team = Team::of_pytorch_threads();
+  pack(a, k, make_plan(a, k), p.layout.in(packed.mutable_data_ptr()), team);
   return packed;
 }
 
@@ -220,10 +220,10 @@ void inference_out(Tensor input, Tensor expand_weight, Tensor expand_mean, Tenso
   const Layout layout(a, k.format, pieces);
   const Memory packed(pieces.bytes());
   const FusedMbconvWeights weights = layout.in(packed.get());
-  pack(a, k, p, weights);
+  Team team = Team::of_pytorch_threads();
+  pack(a, k, p, weights, team);
   const int64_t row = 2 * p.padded_channels * k.format.accumulate_bytes;
   const Memory sums(a.pooled == nullptr ? 1 : s.batch * p.bands * row);
-  Team team = Team::of_pytorch_threads();
   run_bands(a, k, p, weights, a.pooled == nullptr ? nullptr : sums.get(), team);
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }

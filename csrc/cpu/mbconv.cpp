@@ -107,10 +107,11 @@ struct Layout {
 };
 
 void pack(const MbconvInference& a, const MbconvKernels& k, const MbconvWeights& weights) {
+  Team team = Team::of_pytorch_threads();
   const MbconvPlan p = make_plan(a, k);
   const int64_t blocks = p.depthwise.blocks, panels = p.project_panels;
   const int64_t gates = a.gate.reduce_weight == nullptr ? 0 : 1;
-  torch::stable::parallel_for(0, gates + blocks + panels, 1, [&](int64_t begin, int64_t end) {
+  team.share(gates + blocks + panels, 1, [&](int64_t begin, int64_t end) {
     if (begin < gates) pack_gate(a.gate, weights.gate);
     begin = std::max(begin - gates, int64_t{0});
     end -= gates;

@@ -53,10 +53,10 @@ PointwisePlan make_plan(const PointwiseInference& a, const PointwiseKernels& k) 
 }
 
 void pack(const PointwiseInference& a, const PointwiseKernels& k, const PointwisePlan& p,
-          void* matrix) {
+          void* matrix, Team& team) {
   const int64_t panel_cost = int64_t{a.in_channels} * p.panel * 8;
-  torch::stable::parallel_for(0, p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
-                              [&](int64_t begin, int64_t end) { k.pack(a, begin, end, matrix); });
+  team.share(p.panels, std::max<int64_t>(kGrain / panel_cost, 1),
+             [&](int64_t begin, int64_t end) { k.pack(a, begin, end, matrix); });
 }
 
 // All items. sums: as k.multiply() has them.
@@ -76,10 +76,10 @@ void run(const PointwiseInference& a) {
   const GemmFormat& f = k.format;
   ask_for_huge_pages(a.output, a.batch * a.pixels * a.out_channels * element_size(a.dtype));
   const Memory matrix(f.matrix_bytes(a.out_channels, a.in_channels));
-  pack(a, k, p, matrix.get());
+  Team team = Team::of_pytorch_threads();
+  pack(a, k, p, matrix.get(), team);
   const Memory sums(a.pooled == nullptr ? 1
                                         : p.slots() * 2 * p.padded_channels * f.accumulate_bytes);
-  Team team = Team::of_pytorch_threads();
   multiply(a, k, p, matrix.get(), a.pooled == nullptr ? nullptr : sums.get(), team);
   if (a.pooled != nullptr) k.merge(a, p, sums.get());
 }
@@ -135,7 +135,8 @@ Tensor prepare(Tensor image, Tensor weight, Tensor mean, Tensor var, OptionalTen
   Tensor packed = empty_bytes(input, pieces.bytes());
   void* memory = packed.mutable_data_ptr();
   std::memcpy(memory, &p, sizeof(p));
-  pack(a, k, make_plan(a, k), at(memory, p.matrix));
+  Team team = Team::of_pytorch_threads();
+  pack(a, k, make_plan(a, k), at(memory, p.matrix), team);
   return packed;
 }
 
