@@ -4,22 +4,24 @@
 #   benchmarks/gpu.sh                   everything, in less than 10 minutes
 #   benchmarks/gpu.sh build kernels=60  some parts, kernels in at most 60 seconds, of:
 #                                       build tests sanitize tune kernels models search ncu
-#   benchmarks/gpu.sh build matrix      the same models at other batches, sizes and precisions, and
-#                                       beside peers that tune for minutes: not part of everything
+#   benchmarks/gpu.sh build peers       what does not fit into everything's ten minutes: models
+#                                       beside peers that tune for minutes, sizes (B4, V2-S at 384),
+#                                       modes (other batches and precisions)
 #
 # A part that fails is reported and does not stop the others; the exit status is 1 if any did.
 # Needs python3 with torch (CUDA), triton, timm, pytest and ninja; nvcc; for sanitize
 # compute-sanitizer, for ncu ncu. Logs, JSON and plots go to $OUT, or benchmarks/results/<device>.
 # tune replaces the package's table of tiles for the GPU, and what comes after it runs with the new
 # one. KERNELS are the ops to measure, all unless given (KERNELS="mbconv squeeze_excite");
-# KERNELS_ARGS and MODELS_ARGS replace the options of the benchmarks, TESTS what tests are chosen by.
+# KERNELS_ARGS and MODELS_ARGS replace the options of those two parts, TESTS what tests are chosen by.
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 
 readonly PARTS=(build tests sanitize tune kernels models search ncu)
+readonly MORE=(peers sizes modes)
 # Seconds; of the parts together, with the start, less than 10 minutes.
 declare -A LIMITS=([build]=105 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=100 [models]=115
-  [search]=20 [ncu]=35 [matrix]=480)
+  [search]=20 [ncu]=35 [peers]=330 [sizes]=330 [modes]=220)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -147,28 +149,46 @@ part_models() {
   return "$status"
 }
 
-# In order of worth: what the time does not reach is not measured.
-part_matrix() {
-  local status=0
-  local b0="--models efficientnet_b0@224" b4="--models efficientnet_b4@380"
-  local v2_s="--models efficientnetv2_s@384"
-  measure 15 fused_mbconv --models efficientnetv2_s --batch 128 --modes inference --caches warm \
-    --dtypes bfloat16 --seconds 0.1 --quiet --only compile-max folded folded+compile auto \
-    --name kernels-fused_mbconv-max || status=$?
+# Beside peers that tune or compile for minutes. A problem whose contenders are not all through when
+# its time is up leaves nothing, so each has a call, and the order is that of worth.
+part_peers() {
+  local status=0 b0="--models efficientnet_b0@224"
   # shellcheck disable=SC2086  # words
   {
-    measure_models 30 inference-b0-peers $b0 --modes inference --batch 256 1 \
-      --only eager-nchw compile compile-max xla auto || status=$?
-    measure_models 20 training-b0-peers $b0 --modes training --batch 128 \
-      --only eager-nchw compile xla auto || status=$?
-    measure_models 20 inference-b4 $b4 --modes inference --batch 256 1 32 --only compile auto ||
+    measure_models 40 inference-b0-peers $b0 --modes inference --batch 256 \
+      --only compile compile-max xla auto || status=$?
+    measure_models 50 training-b0-peers $b0 --modes training --batch 128 \
+      --only compile xla auto || status=$?
+  }
+  measure 100 fused_mbconv --models efficientnetv2_s --batch 128 --modes inference --caches warm \
+    --dtypes bfloat16 --seconds 0.1 --quiet --only compile-max folded folded+compile auto \
+    --name kernels-fused_mbconv-peers || status=$?
+  return "$status"
+}
+
+part_sizes() {
+  local status=0 b4="--models efficientnet_b4@380" v2_s="--models efficientnetv2_s@384"
+  # shellcheck disable=SC2086  # words
+  {
+    measure_models 20 inference-b4 $b4 --modes inference --batch 256 --only compile auto ||
       status=$?
-    measure_models 20 training-b4 $b4 --modes training --batch 128 --only compile auto || status=$?
-    measure_models 25 inference-v2-s-384 $v2_s --modes inference --batch 256 1 32 \
-      --only compile auto || status=$?
-    measure_models 30 training-v2-s-384 $v2_s --modes training --batch 128 --only compile auto ||
+    measure_models 25 inference-v2-s-384 $v2_s --modes inference --batch 256 --only compile auto ||
       status=$?
-    measure_models 50 inference-b0-autocast $b0 --modes inference-autocast --batch 256 \
+    measure_models 50 training-b4 $b4 --modes training --batch 64 --only compile auto || status=$?
+    measure_models 100 training-v2-s-384 $v2_s --modes training --batch 64 --only compile auto ||
+      status=$?
+  }
+  return "$status"
+}
+
+# The other batches and precisions.
+part_modes() {
+  local status=0 b0="--models efficientnet_b0@224"
+  # shellcheck disable=SC2086  # words
+  {
+    measure_models 20 inference-b0-32 $b0 --modes inference --batch 32 --only compile auto ||
+      status=$?
+    measure_models 25 inference-b0-autocast $b0 --modes inference-autocast --batch 256 \
       --only compile auto || status=$?
     measure_models 50 training-b0-pure $b0 --modes training-pure --batch 128 --only compile auto ||
       status=$?
@@ -216,7 +236,7 @@ selected=()
 for argument in "${@:-${PARTS[@]}}"; do
   part=${argument%%=*}
   if [[ -z ${LIMITS[$part]:-} || ($argument == *=* && ! ${argument#*=} =~ ^[1-9][0-9]*$) ]]; then
-    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]} matrix, or one of them and =SECONDS" >&2
+    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]} ${MORE[*]}, or one of them and =SECONDS" >&2
     exit 2
   fi
   if [[ $argument == *=* ]]; then LIMITS[$part]=${argument#*=}; fi

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import family
 
@@ -44,13 +45,36 @@ _WHAT = {
 }
 
 
-def runs_of_devices(directory: Path) -> Iterator[list[Results]]:
-    """The results of each device that has some, from ``<device>/*.json``."""
+def runs_of_devices(directory: Path) -> list[list[Results]]:
+    """The results of each device that has some, from ``<device>/*.json``: of GPUs, then of CPUs,
+    each kind's latest first. A problem is in one run of a device, its latest.
+    """
+    devices = []
     for device in sorted(path for path in directory.iterdir() if path.is_dir()):
         runs = [read(path) for path in sorted(device.glob("*.json"))]
-        runs = [run for run in runs if run.benchmark in _WHAT]
+        runs = _without_earlier([run for run in runs if run.benchmark in _WHAT])
         if runs:
-            yield runs
+            devices.append(runs)
+
+    def order(runs: list[Results]) -> tuple[bool, str]:
+        environments = [run.environment for run in runs]
+        return environments[0]["device_type"] == "cuda", max(e["date"] for e in environments)
+
+    return sorted(devices, key=order, reverse=True)
+
+
+def _without_earlier(runs: list[Results]) -> list[Results]:
+    """Runs without the problems that a later one has; those that have others, in their order."""
+    found: set[tuple[Any, ...]] = set()
+    for run in sorted(runs, key=lambda run: run.environment["date"], reverse=True):
+        keys = [(run.benchmark, *_key(row), row.case) for row in run.rows]
+        run.rows = [row for row, key in zip(run.rows, keys, strict=True) if key not in found]
+        found.update(keys)
+    return [run for run in runs if run.rows]
+
+
+def _key(of: Row | Group) -> tuple[str, int, str, str]:
+    return of.model, of.batch, of.dtype, of.mode
 
 
 def cell(found: Iterable[Group]) -> str:
@@ -98,8 +122,8 @@ def table(
     """
     found = groups(run.rows)
     lines = []
-    for key in dict.fromkeys((g.model, g.batch, g.dtype, g.mode) for g in found):
-        here = [g for g in found if (g.model, g.batch, g.dtype, g.mode) == key]
+    for key in dict.fromkeys(map(_key, found)):
+        here = [g for g in found if _key(g) == key]
         if not any(g.contender in ours for g in here):
             continue
         model, batch, dtype, mode = key
@@ -107,10 +131,13 @@ def table(
         ours_here = [cell(g for g in here if g.contender == name) for name in ours]
         cells += [value if value == "-" else f"**{value}**" for value in ours_here]
         if share:
-            rows = [r for r in run.rows if (r.model, r.batch, r.dtype, r.mode) == key]
+            rows = [r for r in run.rows if _key(r) == key]
             best = fastest(row for row in rows if row.contender in ours)
             cells.append(matmul_share(run, best) if run.whole_models else "-")
         what = _WHAT[run.benchmark].format(model=model)
+        if run.whole_models:
+            sizes = {r.case.split("x")[0]: None for r in run.rows if r.model == model}
+            what += f", at {' and '.join(sizes)}"
         lines.append(f"| {what} | {mode}, batch {batch}, {dtype} | {' | '.join(cells)} |")
     return lines
 
@@ -141,6 +168,8 @@ def draw(directory: Path) -> str:
         notes = ""
         if "compile-unfrozen" in contenders:
             notes += "; `torch.compile` is the faster of with and without frozen parameters"
+        if described["device_type"] == "cuda" and "xla" in contenders:
+            notes += "; XLA's calls with what the GPU waits for of their launches"
         if share:
             notes += (
                 "; of GEMM: how much of the rate measured on a large matrix product our best has"
@@ -188,10 +217,10 @@ timed: ONNX Runtime's look out for its next call for a while, on the other's pro
 `torch.compile`, which in inference on a CPU freezes the parameters; `compile-unfrozen` does not.
 `compile-max` is its `max-autotune`. On a GPU a CUDA graph of each contender's calls is timed, but
 for `xla`: JAX's compilation of the stock model's operators, whose calls are timed with what of
-their launches the GPU has to wait for. `onnxruntime` and `openvino` run the stock model's ONNX
-file. The others are ours: `cpu`, `cuda` and `triton` are the converted model on one backend, `auto`
-on the fastest for each call; `cpu+prepared` has BN folded and the weights packed beforehand;
-`+compile` is `torch.compile` of a converted model.
+their launches the GPU has to wait for. Its parameters are arguments, so that it folds no BN.
+`onnxruntime` and `openvino` run the stock model's ONNX file. The others are ours: `cpu`, `cuda` and
+`triton` are the converted model on one backend, `auto` on the fastest for each call; `cpu+prepared`
+has BN folded and the weights packed beforehand; `+compile` is `torch.compile` of a converted model.
 
 In 16 bits `inference` and `training-pure` have parameters and images of that dtype, `training` and
 `inference-autocast` float32 ones and autocast.

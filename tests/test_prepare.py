@@ -151,7 +151,7 @@ def _in_child(model: nn.Module, x: Tensor, expected: Tensor) -> None:
     os._exit(0 if torch.equal(run(model, x), expected) else 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_after_fork() -> None:
     """A forked process, which has none of its parent's threads, gets the same."""
     model = prepare(make_model())

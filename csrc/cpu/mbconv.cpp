@@ -106,8 +106,8 @@ struct Layout {
   int64_t expand = 0, depthwise = 0, depthwise_start = 0, gate = 0, project = 0;
 };
 
-void pack(const MbconvInference& a, const MbconvKernels& k, const MbconvWeights& weights) {
-  Team team = Team::of_pytorch_threads();
+void pack(const MbconvInference& a, const MbconvKernels& k, const MbconvWeights& weights,
+          Team& team) {
   const MbconvPlan p = make_plan(a, k);
   const int64_t blocks = p.depthwise.blocks, panels = p.project_panels;
   const int64_t gates = a.gate.reduce_weight == nullptr ? 0 : 1;
@@ -253,7 +253,8 @@ Tensor prepare(const Tensor& like, const MbconvInference& a) {
   };
   keep(p.reduce_weight, g.reduce_weight, matrix);
   keep(p.reduce_bias, g.reduce_bias, bias);
-  pack(a, k, p.layout.in(memory));
+  Team team = Team::of_pytorch_threads();
+  pack(a, k, p.layout.in(memory), team);
   return packed;
 }
 
@@ -307,10 +308,11 @@ Tensor block(Tensor image, OptionalTensor expand_weight, OptionalTensor expand_m
     const Layout layout(a, k.format, pieces);
     const Memory packed(pieces.bytes());
     const MbconvWeights weights = layout.in(packed.get());
-    pack(a, k, weights);
+    Team team = Team::of_pytorch_threads();
+    pack(a, k, weights, team);
     Stages stages;
     stages.push_back(std::make_unique<MbconvStage>(a, weights, pieces.bytes()));
-    run_stages(stages, a.dtype, a.input, a.output, a.shape.batch, false);
+    run_stages(stages, a.dtype, a.input, a.output, a.shape.batch, false, team);
     return output;
   }
 }

@@ -170,10 +170,9 @@ class Images {
 // As many images as there are threads, or a multiple, go side by side; those that are left over,
 // and all of a small batch, in turn.
 void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch,
-                bool planar) {
+                bool planar, Team& team) {
   const int64_t in_bytes = stages.front()->input.values() * element_size(dtype);
   const int64_t out_bytes = stages.back()->output.values() * element_size(dtype);
-  Team team = Team::of_pytorch_threads();
   const int64_t threads = team.threads(), most = threads * kImages;
   const int64_t together = threads == 1 ? 0 : batch / threads * threads;
   if (together > 0) {
@@ -241,13 +240,14 @@ class Network {
     const bool planar = input.size(1) > 1 && input.is_contiguous();
     const Tensor dense = planar ? input : channels_last(input);
     const void* from = dense.const_data_ptr();
+    Team team = Team::of_pytorch_threads();
     if (vectors_.empty()) {
-      run_stages(images_, dtype_, from, to, batch_, planar);
+      run_stages(images_, dtype_, from, to, batch_, planar, team);
       return output;
     }
     const Memory pooled(vectors_.front()->input.values() * element_size(dtype_));
-    run_stages(images_, dtype_, from, pooled.get(), batch_, planar);
-    run_stages(vectors_, dtype_, pooled.get(), to, 1, false);
+    run_stages(images_, dtype_, from, pooled.get(), batch_, planar, team);
+    run_stages(vectors_, dtype_, pooled.get(), to, 1, false, team);
     return output;
   }
 

@@ -42,7 +42,7 @@ using Stages = std::vector<std::unique_ptr<Stage>>;
 // `batch` images through `stages`, each of which takes what the one before it gives (prepared.cpp).
 // planar: the images come as channel planes, (N, C, H, W), and not channels-last.
 void run_stages(const Stages& stages, Dtype dtype, const void* input, void* output, int64_t batch,
-                bool planar);
+                bool planar, Team& team);
 
 // What the packed weights of a stage start with: what they are, and for which kernels. The
 // arguments of the op follow, with pointers that only tell what is there, then the weights.

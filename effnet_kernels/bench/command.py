@@ -119,7 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     problems = list(suite.problems(arguments))
     if not problems:
         raise ValueError(
-            f"--models: {', '.join(arguments.models)}: nothing that this suite measures"
+            f"--models {' '.join(arguments.models)} --modes {' '.join(arguments.modes)} --dtypes "
+            f"{' '.join(settings['dtypes'])}: nothing that this suite measures"
         )
     check_only(arguments.only, suite, device)
     only = arguments.only or _affordable(suite, device)

@@ -35,7 +35,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def versions_of(description: Mapping[str, Any]) -> str:
-    """The libraries that ran, by a ``describe``, in words."""
+    """The libraries that were there, by a ``describe``, in words."""
     names = ("torch", "triton", "onnxruntime", "openvino", "jax")
     found = ((name, description.get(name)) for name in names)
     return ", ".join(f"{name} {version}" for name, version in found if version is not None)

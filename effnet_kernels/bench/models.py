@@ -187,7 +187,9 @@ def _xla_contender(step: xla.Call, problem: Problem, sets: Sequence[Inputs]) -> 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
         return step(inputs.images, inputs.classes) if problem.training else step(inputs.images)
 
-    return Contender(xla.NAME, call, sets, allocates=False, capturable=False)
+    # Classes as JAX has integers, or it would convert them in every call.
+    own = [Inputs(inputs.images, inputs.classes.int()) for inputs in sets]
+    return Contender(xla.NAME, call, own, allocates=False, capturable=False)
 
 
 def match(

@@ -38,12 +38,12 @@ def lazy_call(model: nn.Module, compute: torch.dtype | None) -> Call:
 
     Returns:
         A function of images (N, C, H, W) that returns logits (N, classes), or of images and classes
-        (N,) int64 that returns logits and the gradients of the mean cross-entropy by the model's
+        (N,) int32 that returns logits and the gradients of the mean cross-entropy by the model's
         parameters, in their order.
 
     Raises:
-        UnavailableError: in the first call: JAX is not installed, has no such device, or on a CPU
-            would not take as many threads as PyTorch, or an operator is not known here.
+        UnavailableError: in the first call: JAX is not installed, does not see the images' device,
+            or on a CPU would not take as many threads as PyTorch; or an operator is not known here.
     """
     made: list[Call] = []
 
@@ -59,11 +59,18 @@ def _make(model: nn.Module, images: Tensor, compute: torch.dtype | None) -> Call
     # XLA would take three quarters of a GPU's memory at its start, which the others need, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = engines.package("jax")
-    processors = len(os.sched_getaffinity(0))
-    if images.device.type == "cpu" and torch.get_num_threads() != processors:
-        raise UnavailableError(
-            f"it runs {processors} threads where {torch.get_num_threads()} are asked for"
-        )
+    try:
+        jax.devices(images.device.type)
+    except RuntimeError as error:
+        raise UnavailableError(f"JAX has no {images.device.type}: {error}") from None
+    if images.device.type == "cpu":
+        # As XLA counts them; it cannot be told otherwise once it runs.
+        told = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
+        threads = int(told) if told else len(os.sched_getaffinity(0))
+        if torch.get_num_threads() != threads:
+            raise UnavailableError(
+                f"it runs {threads} threads where {torch.get_num_threads()} are asked for"
+            )
     with torch.no_grad():
         exported = torch.export.export(model, (images,))
     evaluator = _Evaluator(exported.graph_module, compute)
@@ -159,7 +166,9 @@ class _Evaluator(torch.fx.Interpreter):
     ) -> Any:  # fmt: skip
         wide = x.astype(self.np.promote_types(x.dtype, "float32"))
         if training:
-            mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3))
+            # In one pass, as JAX's own libraries do it.
+            mean = wide.mean((0, 2, 3))
+            var = (wide * wide).mean((0, 2, 3)) - mean * mean
         scale = weight * self.lax.rsqrt(var.astype(wide.dtype) + eps)
         shift = bias - mean * scale
         return (wide * scale[:, None, None] + shift[:, None, None]).astype(x.dtype)

@@ -271,3 +271,15 @@ def test_compiled_peer_is_a_peer() -> None:
     assert row.contender == "compile"
     assert row.failed is None, row.failed
     assert not row.wrong
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_what_no_graph_can_hold(capturable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU such a contender's calls are timed, and no capture of it is tried."""
+    for how in ("graph", "call"):
+        monkeypatch.setattr(
+            timing, f"_cuda_{how}_sampler", lambda *_, how=how: (lambda: 1.0, f"a {how}")
+        )
+    contender = Contender("one", lambda _: None, [None], capturable=capturable)
+    measured = timing.measure([contender], torch.device("cuda"), cold=False, seconds=0.0)
+    assert measured["one"].method == ("a graph" if capturable else "a call")

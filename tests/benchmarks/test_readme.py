@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_readme_table(run: Results, tmp_path: Path) -> None:
     assert lines_of(drawn) == [
         ["what", "how", "`torch.compile`", "ONNX Runtime", "OpenVINO", "ours: cpu",
          "ours: cpu+prepared", "of GEMM"],
-        ["b0 whole, converted", "inference, batch 8, float32", "2.50x", "wrong", "4.00x",
+        ["b0 whole, converted, at 224", "inference, batch 8, float32", "2.50x", "wrong", "4.00x",
          "**3.33x**", "**5.00x**", "50%"],
     ]  # fmt: skip
     assert "the faster of with and without frozen parameters" in drawn
@@ -91,7 +92,7 @@ def test_readme_table_without_engines(run: Results, tmp_path: Path) -> None:
     run.write(tmp_path / "a-cpu" / "models.json")
     assert lines_of(readme.draw(tmp_path)) == [
         ["what", "how", "`torch.compile`", "ours: cpu"],
-        ["b0 whole, converted", "inference, batch 8, float32", "-", "**3.33x**"],
+        ["b0 whole, converted, at 224", "inference, batch 8, float32", "-", "**3.33x**"],
     ]
 
 
@@ -149,3 +150,28 @@ def test_share_is_in_the_json(run: Results, tmp_path: Path) -> None:
     assert run.matmul_seconds(run.rows[0]) == pytest.approx(0.01)
     assert '"matmul_share": 0.4' in path.read_text()
     assert results.read(path).rows[4].flops == 10**9
+
+
+def test_order_of_devices(run: Results, tmp_path: Path) -> None:
+    """GPUs, then CPUs, each kind's latest first."""
+    for name, kind, day in [("b", "cpu", 1), ("c", "cuda", 1), ("a", "cpu", 2), ("d", "cuda", 3)]:
+        run.environment |= {
+            "device": name, "device_type": kind, "date": f"2026-11-0{day}T00:00:00+00:00"
+        }  # fmt: skip
+        run.write(tmp_path / name / "models.json")
+    runs = readme.runs_of_devices(tmp_path)
+    assert [of_device[0].environment["device"] for of_device in runs] == ["d", "c", "a", "b"]
+
+
+def test_a_problem_is_drawn_once(run: Results, tmp_path: Path) -> None:
+    """Of two runs with the same problem the later one's figures; what else it has stays."""
+    run.write(tmp_path / "cpu" / "a-later.json")
+    run.environment["date"] = "2026-11-26T00:00:00+00:00"
+    other = [replace(row, batch=1) for row in run.rows]
+    run.rows = [row for row in run.rows if row.contender in ("eager", "cpu")] + other
+    run.write(tmp_path / "cpu" / "b-earlier.json")
+    (runs,) = readme.runs_of_devices(tmp_path)
+    assert [{row.batch for row in found.rows} for found in runs] == [{8}, {1}]
+    run.rows = run.rows[:2]
+    run.write(tmp_path / "cpu" / "b-earlier.json")
+    assert [len(found) for found in readme.runs_of_devices(tmp_path)] == [1]

@@ -79,13 +79,27 @@ def test_unknown_operator_is_named() -> None:
         call(torch.randn(1, 3, 4, 4))
 
 
-def test_other_number_of_threads_is_a_failed_row() -> None:
-    """On a CPU XLA takes every processor, which would not be the same work."""
+def test_other_number_of_threads_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU XLA takes every processor, or as many as it is told, and never fewer for PyTorch's
+    sake.
+    """
     pytest.importorskip("jax")
-    torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
+    monkeypatch.setenv("PJRT_NPROC", "37")
     row = row_of("test_efficientnet")
     assert row.failed is not None
-    assert row.failed.startswith("UnavailableError: it runs ")
+    assert row.failed.startswith("UnavailableError: it runs 37 threads where ")
+
+
+def test_missing_device_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of PyTorch's that JAX has no plugin for."""
+    jax = pytest.importorskip("jax")
+
+    def devices(kind: str) -> None:
+        raise RuntimeError(f"Unknown backend {kind}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    row = row_of("test_efficientnet")
+    assert row.failed == "UnavailableError: JAX has no cpu: Unknown backend cpu"
 
 
 def test_missing_package_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
