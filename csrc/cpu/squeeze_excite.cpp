@@ -58,7 +58,9 @@ void run(const ChannelScale& a) {
   const auto& k = kernels_for(a.dtype);
   const int64_t pixels = a.batch * a.pixels;
   ask_for_huge_pages(a.output, pixels * a.channels * element_size(a.dtype));
-  parallel(pixels, a.channels, [&](int64_t begin, int64_t end) { k.scale(a, begin, end); });
+  Team team = Team::of_pytorch_threads();
+  team.share(pixels, grain(a.channels),
+             [&](int64_t begin, int64_t end) { k.scale(a, begin, end); });
 }
 
 template <class Gate>

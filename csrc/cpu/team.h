@@ -6,6 +6,9 @@
 // another's who is late, and the step ends when its pieces have. The calling thread alone would do,
 // its helpers come when they can. A thread's part is the same in every step: what it wrote in one
 // is in its cache in the next, if both count what they do in the same order.
+//
+// After a region OpenMP's threads look for the next one, on the processors that the helpers want:
+// a call is divided among the one kind or the other, and not among both.
 #pragma once
 
 #include <algorithm>
