@@ -13,7 +13,7 @@
 # compute-sanitizer, for ncu ncu. Logs, JSON and plots go to $OUT, or benchmarks/results/<device>.
 # tune replaces the package's table of tiles for the GPU, and what comes after it runs with the new
 # one. KERNELS are the ops to measure, all unless given (KERNELS="mbconv squeeze_excite");
-# KERNELS_ARGS and MODELS_ARGS replace the options of those two parts, TESTS what tests are chosen by.
+# KERNELS_ARGS and MODELS_ARGS replace those two parts' options, TESTS what tests are chosen by.
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 
@@ -22,6 +22,9 @@ readonly MORE=(peers sizes modes)
 # Seconds; of the parts together, with the start, less than 10 minutes.
 declare -A LIMITS=([build]=105 [tests]=110 [sanitize]=40 [tune]=60 [kernels]=100 [models]=115
   [search]=20 [ncu]=35 [peers]=330 [sizes]=330 [modes]=220)
+readonly B0=efficientnet_b0@224 V2_S=efficientnetv2_s@300
+# Of the ops' benchmarks.
+readonly BRIEF=(--dtypes bfloat16 --caches warm --seconds 0.1 --quiet)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONUNBUFFERED=1
@@ -101,7 +104,7 @@ part_kernels() {
     done
     return "$status"
   fi
-  args=(--models efficientnet_b0 --dtypes bfloat16 --batch 256 --caches warm --seconds 0.1 --quiet)
+  args=("${BRIEF[@]}" --models efficientnet_b0 --batch 256)
   # Beside whole blocks in inference also torch.compile, which takes seconds for each.
   measure 30 mbconv "${args[@]}" --modes inference --only compile cuda triton auto || status=$?
   measure 30 mbconv "${args[@]}" --modes training --only cuda triton \
@@ -119,14 +122,15 @@ part_kernels() {
   return "$status"
 }
 
-# Measures models in a share, in hundredths, of what time the part has left; the name, options.
-measure_models() {
-  local share=$1 name=$2
-  shift 2
+# Measures a model in a share, in hundredths, of what time the part has left, beside torch.compile
+# unless options say otherwise: name, model, mode, batches.
+measure_model() {
+  local share=$1 name=$2 model=$3 mode=$4
+  shift 4
   local PART_END=$((SECONDS + (PART_END - SECONDS) * share / 100))
   echo "== $name"
   limited python3 benchmarks/models/efficientnet.py --out "$OUT" --name "models-$name" --quiet \
-    --dtypes bfloat16 --seconds 1 --only compile cuda triton auto "$@"
+    --dtypes bfloat16 --seconds 1 --models "$model" --modes "$mode" --only compile auto --batch "$@"
 }
 
 part_models() {
@@ -136,65 +140,43 @@ part_models() {
     limited python3 benchmarks/models/efficientnet.py --out "$OUT" "${args[@]}"
     return
   fi
-  local b0="--models efficientnet_b0@224" v2_s="--models efficientnetv2_s@300"
   # Most of the time is torch.compile's.
-  # shellcheck disable=SC2086  # words
-  {
-    measure_models 30 inference-b0 $b0 --modes inference --batch 1 32 256 || status=$?
-    measure_models 30 training-b0 $b0 --modes training --batch 128 --only compile auto || status=$?
-    measure_models 50 inference-v2-s $v2_s --modes inference --batch 128 || status=$?
-    measure_models 100 training-v2-s $v2_s --modes training --batch 64 --only compile auto ||
-      status=$?
-  }
+  measure_model 30 inference-b0 "$B0" inference 1 32 256 --only compile cuda triton auto ||
+    status=$?
+  measure_model 30 training-b0 "$B0" training 128 || status=$?
+  measure_model 50 inference-v2-s "$V2_S" inference 128 --only compile cuda triton auto || status=$?
+  measure_model 100 training-v2-s "$V2_S" training 64 || status=$?
   return "$status"
 }
 
 # Beside peers that tune or compile for minutes. A problem whose contenders are not all through when
 # its time is up leaves nothing, so each has a call, and the order is that of worth.
 part_peers() {
-  local status=0 b0="--models efficientnet_b0@224"
-  # shellcheck disable=SC2086  # words
-  {
-    measure_models 40 inference-b0-peers $b0 --modes inference --batch 256 \
-      --only compile compile-max xla auto || status=$?
-    measure_models 50 training-b0-peers $b0 --modes training --batch 128 \
-      --only compile xla auto || status=$?
-  }
-  measure 100 fused_mbconv --models efficientnetv2_s --batch 128 --modes inference --caches warm \
-    --dtypes bfloat16 --seconds 0.1 --quiet --only compile-max folded folded+compile auto \
-    --name kernels-fused_mbconv-peers || status=$?
+  local status=0
+  measure_model 40 inference-b0-peers "$B0" inference 256 --only compile compile-max xla auto ||
+    status=$?
+  measure_model 50 training-b0-peers "$B0" training 128 --only compile xla auto || status=$?
+  measure 100 fused_mbconv "${BRIEF[@]}" --models efficientnetv2_s --batch 128 --modes inference \
+    --only compile-max folded folded+compile auto --name kernels-fused_mbconv-peers || status=$?
   return "$status"
 }
 
 part_sizes() {
-  local status=0 b4="--models efficientnet_b4@380" v2_s="--models efficientnetv2_s@384"
-  # shellcheck disable=SC2086  # words
-  {
-    measure_models 20 inference-b4 $b4 --modes inference --batch 256 --only compile auto ||
-      status=$?
-    measure_models 25 inference-v2-s-384 $v2_s --modes inference --batch 256 --only compile auto ||
-      status=$?
-    measure_models 50 training-b4 $b4 --modes training --batch 64 --only compile auto || status=$?
-    measure_models 100 training-v2-s-384 $v2_s --modes training --batch 64 --only compile auto ||
-      status=$?
-  }
+  local status=0 b4=efficientnet_b4@380 v2_s=efficientnetv2_s@384
+  measure_model 20 inference-b4 "$b4" inference 256 || status=$?
+  measure_model 25 inference-v2-s-384 "$v2_s" inference 256 || status=$?
+  measure_model 50 training-b4 "$b4" training 64 || status=$?
+  measure_model 100 training-v2-s-384 "$v2_s" training 64 || status=$?
   return "$status"
 }
 
 # The other batches and precisions.
 part_modes() {
-  local status=0 b0="--models efficientnet_b0@224"
-  # shellcheck disable=SC2086  # words
-  {
-    measure_models 20 inference-b0-32 $b0 --modes inference --batch 32 --only compile auto ||
-      status=$?
-    measure_models 25 inference-b0-autocast $b0 --modes inference-autocast --batch 256 \
-      --only compile auto || status=$?
-    measure_models 50 training-b0-pure $b0 --modes training-pure --batch 128 --only compile auto ||
-      status=$?
-    measure_models 100 training-b0-256 $b0 --modes training --batch 256 --only compile auto ||
-      status=$?
-  }
+  local status=0
+  measure_model 20 inference-b0-32 "$B0" inference 32 || status=$?
+  measure_model 25 inference-b0-autocast "$B0" inference-autocast 256 || status=$?
+  measure_model 50 training-b0-pure "$B0" training-pure 128 || status=$?
+  measure_model 100 training-b0-256 "$B0" training 256 || status=$?
   return "$status"
 }
 
@@ -236,7 +218,8 @@ selected=()
 for argument in "${@:-${PARTS[@]}}"; do
   part=${argument%%=*}
   if [[ -z ${LIMITS[$part]:-} || ($argument == *=* && ! ${argument#*=} =~ ^[1-9][0-9]*$) ]]; then
-    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]} ${MORE[*]}, or one of them and =SECONDS" >&2
+    echo "gpu.sh: there is no part '$argument', only: ${PARTS[*]} ${MORE[*]}," \
+      "or one of them and =SECONDS" >&2
     exit 2
   fi
   if [[ $argument == *=* ]]; then LIMITS[$part]=${argument#*=}; fi

@@ -130,14 +130,13 @@ def table(
         cells = [cell(g for g in here if g.contender in names) for names in columns]
         ours_here = [cell(g for g in here if g.contender == name) for name in ours]
         cells += [value if value == "-" else f"**{value}**" for value in ours_here]
+        rows = [row for row in run.rows if _key(row) == key]
         if share:
-            rows = [r for r in run.rows if _key(r) == key]
             best = fastest(row for row in rows if row.contender in ours)
             cells.append(matmul_share(run, best) if run.whole_models else "-")
         what = _WHAT[run.benchmark].format(model=model)
         if run.whole_models:
-            sizes = {r.case.split("x")[0]: None for r in run.rows if r.model == model}
-            what += f", at {' and '.join(sizes)}"
+            what += f", at {' and '.join(dict.fromkeys(map(_size, rows)))}"
         lines.append(f"| {what} | {mode}, batch {batch}, {dtype} | {' | '.join(cells)} |")
     return lines
 
@@ -325,9 +324,13 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _size(row: Row) -> str:
+    """Of a whole model's images."""
+    return row.case.split("x")[0]
+
+
 def _problem(row: Row) -> tuple[str, str]:
-    size = row.case.split("x")[0]
-    return f"{row.model} at {size}", f"{row.mode}, batch {row.batch}, {row.dtype}"
+    return f"{row.model} at {_size(row)}", f"{row.mode}, batch {row.batch}, {row.dtype}"
 
 
 def _line(cells: Iterable[str]) -> str:

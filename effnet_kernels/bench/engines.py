@@ -12,12 +12,13 @@ import importlib
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 _PRECISIONS = {
     torch.float32: ("f32", "FP32"),
@@ -145,14 +146,19 @@ def lazy_forward(name: str, model: nn.Module, dtype: torch.dtype) -> Forward:
         UnavailableError: in the first call, where the engine cannot.
     """
     template = copy.deepcopy(model).float()
-    made: list[Forward] = []
+    return lazily(lambda batch: ENGINES[name](template, batch, dtype))
 
-    def forward(batch: Tensor) -> Tensor:
+
+def lazily(make: Callable[[Tensor], Callable[..., T]]) -> Callable[..., T]:
+    """The function that ``make`` makes of its first call's first argument, then."""
+    made: list[Callable[..., T]] = []
+
+    def call(*arguments: Tensor) -> T:
         if not made:
-            made.append(ENGINES[name](template, batch, dtype))
-        return made[0](batch)
+            made.append(make(arguments[0]))
+        return made[0](*arguments)
 
-    return forward
+    return call
 
 
 def package(name: str) -> Any:

@@ -251,6 +251,8 @@ def match_on(
         return only is None or name in only or name == BASELINE
 
     inference_on_cpu = device.type == "cpu" and not problem.training
+    # Under autocast a prepared model runs as a converted one, and an engine has no such thing.
+    packs = inference_on_cpu and problem.autocast is None
 
     def compile_of(model: nn.Module, mode: str) -> Any:
         return peers.compiled(model, mode, freezing=inference_on_cpu)
@@ -269,7 +271,7 @@ def match_on(
         forward = peers.compiled(model, "default", freezing=False)
         contenders.append(Contender("compile-unfrozen", caller(model, forward), channels_last))
     for name in engines.ENGINES:
-        if inference_on_cpu and problem.autocast is None and wanted(name):
+        if packs and wanted(name):
             model = fresh(torch.contiguous_format)
             forward = engines.lazy_forward(name, model, problem.dtype)
             # Float32, whatever the engine computes in, but the same numbers that the others get.
@@ -282,7 +284,7 @@ def match_on(
         if wanted(backend):
             model = effnet_kernels.convert(fresh())
             contenders.append(Contender(backend, caller(model, None, backend), channels_last))
-        if inference_on_cpu and wanted(f"{backend}+prepared"):
+        if packs and wanted(f"{backend}+prepared"):
             model = effnet_kernels.prepare(fresh())
             name, call = f"{backend}+prepared", caller(model, None, backend)
             # What lies between its stages is memory of its own.

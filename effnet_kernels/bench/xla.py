@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from torch.utils.dlpack import from_dlpack
 
 from effnet_kernels.bench import engines
 from effnet_kernels.bench.engines import UnavailableError
@@ -45,14 +45,7 @@ def lazy_call(model: nn.Module, compute: torch.dtype | None) -> Call:
         UnavailableError: in the first call: JAX is not installed, does not see the images' device,
             or on a CPU would not take as many threads as PyTorch; or an operator is not known here.
     """
-    made: list[Call] = []
-
-    def call(*arguments: Tensor) -> tuple[Tensor, ...]:
-        if not made:
-            made.append(_make(model, arguments[0], compute))
-        return made[0](*arguments)
-
-    return call
+    return engines.lazily(lambda images: _make(model, images, compute))
 
 
 def _make(model: nn.Module, images: Tensor, compute: torch.dtype | None) -> Call:
@@ -73,23 +66,24 @@ def _make(model: nn.Module, images: Tensor, compute: torch.dtype | None) -> Call
             )
     with torch.no_grad():
         exported = torch.export.export(model, (images,))
-    evaluator = _Evaluator(exported.graph_module, compute)
-    specs = exported.graph_signature.input_specs
+    evaluator = _Evaluator(exported.graph_module, compute, jax)
+
+    def to_jax(tensor: Tensor) -> Any:
+        # The same memory; what either stream has still to do is waited for on the device.
+        return jax.dlpack.from_dlpack(tensor.detach().contiguous())
+
     state = {**exported.state_dict, **exported.constants}
-    names = {s.arg.name: s.target for s in specs if s.kind is not InputKind.USER_INPUT}
-    order = [spec.arg.name for spec in specs]
-    parameters = {name: _to_jax(p.detach()) for name, p in model.named_parameters()}
-    fixed = {
-        target: _to_jax(state[target].detach())
-        for target in names.values()
-        if target is not None and target not in parameters
-    }
+    # What the graph takes, by its name in the model; None for the images.
+    inputs = [
+        None if spec.kind is InputKind.USER_INPUT else spec.target
+        for spec in exported.graph_signature.input_specs
+    ]
+    parameters = {name: to_jax(p) for name, p in model.named_parameters()}
+    fixed = {name: to_jax(state[name]) for name in inputs if name and name not in parameters}
 
     def forward(parameters: dict[str, Any], fixed: dict[str, Any], images: Any) -> Any:
         known = {**parameters, **fixed}
-        (logits,) = evaluator.run(
-            *(known[names[name]] if name in names else images for name in order)
-        )
+        (logits,) = evaluator.run(*(known[name] if name else images for name in inputs))
         return logits
 
     def loss(parameters: dict[str, Any], fixed: dict[str, Any], images: Any, classes: Any) -> Any:
@@ -102,34 +96,22 @@ def _make(model: nn.Module, images: Tensor, compute: torch.dtype | None) -> Call
     asynchronous = images.is_cuda
 
     def call(*arguments: Tensor) -> tuple[Tensor, ...]:
-        results = run(parameters, fixed, *map(_to_jax, arguments))
+        results = run(parameters, fixed, *map(to_jax, arguments))
         if not asynchronous:
             jax.block_until_ready(results)
         if not model.training:
-            return (_to_torch(results),)
+            return (from_dlpack(results),)
         gradients, logits = results
-        return _to_torch(logits), *(_to_torch(gradients[name]) for name in parameters)
+        return from_dlpack(logits), *(from_dlpack(gradients[name]) for name in parameters)
 
     return call
-
-
-def _to_jax(tensor: Tensor) -> Any:
-    """The same memory; what either stream has still to do is waited for on the device."""
-    if not tensor.ndim:
-        return engines.package("jax").numpy.asarray(tensor.item())
-    return engines.package("jax").dlpack.from_dlpack(tensor.contiguous())
-
-
-def _to_torch(array: Any) -> Tensor:
-    return torch.utils.dlpack.from_dlpack(array)
 
 
 class _Evaluator(torch.fx.Interpreter):
     """A graph of ATen operators on JAX's arrays, NCHW."""
 
-    def __init__(self, graph: torch.fx.GraphModule, compute: torch.dtype | None) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, compute: torch.dtype | None, jax: Any) -> None:
         super().__init__(graph)
-        jax = engines.package("jax")
         self.lax, self.nn, self.np = jax.lax, jax.nn, jax.numpy
         self.compute = None if compute is None else str(compute).removeprefix("torch.")
 

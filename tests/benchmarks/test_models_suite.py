@@ -96,6 +96,14 @@ def test_compiled_without_frozen_parameters_is_right() -> None:
     assert not row.wrong, (row.excess, row.errors)
 
 
+@pytest.mark.parametrize("name", ["cpu+prepared", "onnxruntime"])
+def test_nothing_is_packed_under_autocast(name: str) -> None:
+    """A prepared model would run as a converted one there, under another name."""
+    problem = models.Problem("test_efficientnet", 64, 2, torch.bfloat16, "inference-autocast")
+    match = models.match(problem, CPU, only=[name])
+    assert [contender.name for contender in match.contenders] == ["eager"]
+
+
 @pytest.mark.parametrize("mode", models.MODES)
 def test_prepared(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``cpu+prepared`` is what ``prepare`` makes of the stock model, in inference only."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from effnet_kernels import use_backend
-from effnet_kernels.bench import command
+from effnet_kernels.bench import command, models
 from effnet_kernels.bench.command import SUITES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -69,28 +69,26 @@ def test_gpu_script_asks_for_what_there_is(tmp_path: Path) -> None:
         "nvcc": "exit 0",
     }
     for name, body in programs.items():
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{path.parent}:{os.environ['PATH']}"}
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
     every = ["build", "tests", "sanitize", "tune", "kernels", "models", "search", "ncu"]
     every += ["peers", "sizes", "modes"]
-    result = subprocess.run(
-        [str(BENCHMARKS / "gpu.sh"), *every], env={**environment, "OUT": str(tmp_path / "out")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    result = run(BENCHMARKS / "gpu.sh", *every, PATH=path, OUT=str(tmp_path / "out"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line.split()[-1] for line in result.stdout.splitlines()[-len(every) :]] == (
         ["ok"] * len(every)
     )
-    suites = {Path(suite.__name__.replace(".", "/")).name: suite for suite in SUITES.values()}
+    suites = {suite.__name__.rpartition(".")[2]: suite for suite in SUITES.values()}
+    suites["efficientnet"] = models
     calls = [line.split() for line in log.read_text().splitlines()]
     measured, names = set(), []
     for script, *options in calls:
         if not script.startswith(("benchmarks/kernels/", "benchmarks/models/")):
             continue
-        suite = suites[{"efficientnet": "models"}.get(Path(script).stem, Path(script).stem)]
+        suite = suites[Path(script).stem]
         parser = argparse.ArgumentParser()
         command.add_arguments(parser, suite)
         arguments = parser.parse_args(options)
